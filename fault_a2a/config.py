@@ -1,0 +1,206 @@
+"""What every rank of a group must agree on: shapes, formats, and how long silence may last."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from fault_a2a.placement import MAX_NUM_EXPERTS, Placement, as_whole_number
+
+RECV_FORMATS = ("batched", "packed")
+REDUCES = ("owner", "expert")
+ON_LOST = ("drop", "renormalize")
+DTYPES = (torch.bfloat16, torch.float32)
+
+MIN_HIDDEN, MAX_HIDDEN, HIDDEN_MULTIPLE = 8, 16384, 8
+MAX_NUM_TOPK = 32
+# A signal counts the rows it publishes in 19 bits; combine returns up to one row per (token, choice).
+MAX_NUM_ROWS_PER_PEER = (1 << 19) - 1
+MAX_MS = 24 * 3600 * 1000  # a day
+MAX_SPARE_PARTITIONS = 64
+# A watcher that slept for a quarter of a timeout starts it anew, so a shorter silence could never be measured.
+MIN_BEATS_PER_SILENCE = 4
+
+# Field: (least, most). Checked in this order, so that the first error is about the first wrong field.
+_WHOLE_NUMBERS = {
+    "num_experts": (1, MAX_NUM_EXPERTS),
+    "hidden": (MIN_HIDDEN, MAX_HIDDEN),
+    "num_topk": (1, MAX_NUM_TOPK),
+    "num_max_tokens_per_rank": (1, MAX_NUM_ROWS_PER_PEER),
+    "beat_ms": (1, MAX_MS),
+    "silence_ms": (1, MAX_MS),
+    "stall_ms": (1, MAX_MS),
+    "link_ms": (1, MAX_MS),
+    "settle_ms": (0, MAX_MS),
+    "construct_timeout_ms": (1, MAX_MS),
+    "agreement_timeout_ms": (1, MAX_MS),
+    "num_spare_partitions": (0, MAX_SPARE_PARTITIONS),
+}
+_CHOICES = {"recv_format": RECV_FORMATS, "reduce": REDUCES, "on_lost": ON_LOST}
+
+
+@dataclass(frozen=True)
+class Config:
+    """The shape of a group's work and its timeouts; the same on every rank.
+
+    Args:
+        num_experts: experts in the whole group, 1 to 65536.
+        hidden: elements in a row of ``x``, 8 to 16384, a multiple of 8 (so that a row is whole 16-byte words).
+        num_topk: choices per token, 1 to 32, at most ``num_experts``.
+        num_max_tokens_per_rank: most tokens that one rank passes to one ``dispatch``, at least 1; times ``num_topk``
+            at most 524287.
+        dtype: of ``x``, ``recv.x``, ``y`` and ``out``: ``torch.bfloat16`` or ``torch.float32``.
+        recv_format: ``"batched"``: ``recv.x`` is ``[num_local_experts, capacity, hidden]`` with
+            ``capacity = num_ranks * num_max_tokens_per_rank``; ``"packed"``: ``[num_recv, hidden]`` and offsets.
+        reduce: who sums the choices of a token. ``"owner"``: the token's own rank, in the order of the choices (same
+            bits wherever the experts stand); ``"expert"``: each expert rank first sums its share (fewer bytes back).
+        on_lost: ``"drop"``: a lost choice adds nothing; ``"renormalize"``: the weights of the delivered choices are
+            scaled up to the weight that the token asked for.
+        placement: which rank holds which expert: a ``Placement``, a sequence with the rank of each expert, or ``None``
+            for contiguous blocks.
+        beat_ms: how often a rank's native thread shows that the process lives, at least 1.
+        silence_ms: a rank whose beat stands still this long while somebody waits for it is suspected; at least
+            ``4 * beat_ms``.
+        stall_ms: a rank that beats but does not move on this long, while somebody waits for it, is suspected.
+        link_ms: how long a signal may be missing once its sender is known to be past it.
+        settle_ms: how long an accusation other than a process exit waits for others to join it, 0 or more.
+        construct_timeout_ms: how long ``Buffer(...)`` waits for the group to come together.
+        agreement_timeout_ms: how long a rank waits for its peers to agree on a view before it suspends itself.
+        num_spare_partitions: landing room on each rank, per host, kept for ranks that come back, 0 to 64.
+
+    Raises:
+        TypeError: a field has the wrong type. The message names the field and what to pass.
+        ValueError: a field is out of its range, or two fields do not fit each other.
+    """
+
+    num_experts: int
+    hidden: int
+    num_topk: int
+    num_max_tokens_per_rank: int
+    dtype: torch.dtype = torch.bfloat16
+    recv_format: str = "batched"
+    reduce: str = "owner"
+    on_lost: str = "drop"
+    placement: Placement | Sequence[int] | None = None
+    beat_ms: int = 10
+    silence_ms: int = 2000
+    stall_ms: int = 30000
+    link_ms: int = 5000
+    settle_ms: int = 50
+    construct_timeout_ms: int = 60000
+    agreement_timeout_ms: int = 10000
+    num_spare_partitions: int = 1
+
+    def __post_init__(self) -> None:
+        for name, (least, most) in _WHOLE_NUMBERS.items():
+            value = as_whole_number(name, getattr(self, name))
+            if not least <= value <= most:
+                raise ValueError(f"{name}: {value} is out of range; pass {least} to {most}.")
+            object.__setattr__(self, name, value)
+        for name, choices in _CHOICES.items():
+            _check_choice(name, getattr(self, name), choices)
+        _check_dtype(self.dtype)
+        self._check_fit()
+        if self.placement is not None and not isinstance(self.placement, Placement):
+            object.__setattr__(self, "placement", _as_expert_rank(self.placement))
+        self._check_placement_size()
+
+    def _check_fit(self) -> None:
+        """Fields that are fine alone and do not fit together."""
+        if self.hidden % HIDDEN_MULTIPLE:
+            raise ValueError(
+                f"hidden: {self.hidden} is not a multiple of {HIDDEN_MULTIPLE}; "
+                f"pad the rows to {-(-self.hidden // HIDDEN_MULTIPLE) * HIDDEN_MULTIPLE} elements."
+            )
+        if self.num_topk > self.num_experts:
+            raise ValueError(
+                f"num_topk: {self.num_topk} is more than num_experts ({self.num_experts}), and an expert may stand "
+                f"only once per token; pass at most {self.num_experts}."
+            )
+        if self.num_max_tokens_per_rank * self.num_topk > MAX_NUM_ROWS_PER_PEER:
+            raise ValueError(
+                f"num_max_tokens_per_rank: {self.num_max_tokens_per_rank} tokens of {self.num_topk} choices are more "
+                f"rows than a signal can count; pass at most {MAX_NUM_ROWS_PER_PEER // self.num_topk}, "
+                "and send longer batches in several rounds."
+            )
+        if self.silence_ms < MIN_BEATS_PER_SILENCE * self.beat_ms:
+            raise ValueError(
+                f"silence_ms: {self.silence_ms} is too short for a beat every {self.beat_ms} ms; pass at least "
+                f"{MIN_BEATS_PER_SILENCE * self.beat_ms} ({MIN_BEATS_PER_SILENCE} * beat_ms), or lower beat_ms."
+            )
+
+    def _check_placement_size(self) -> None:
+        if self.placement is None:
+            return
+        expert_rank = self.placement.expert_rank if isinstance(self.placement, Placement) else self.placement
+        if len(expert_rank) != self.num_experts:
+            raise ValueError(
+                f"placement: places {len(expert_rank)} experts, num_experts is {self.num_experts}; "
+                "pass the rank of every expert once."
+            )
+
+    @property
+    def hidden_bytes(self) -> int:
+        """Bytes of one row of ``x``."""
+        return self.hidden * self.dtype.itemsize
+
+    def capacity(self, num_ranks: int) -> int:
+        """Rows that one expert can receive in one round: every token of every rank."""
+        return num_ranks * self.num_max_tokens_per_rank
+
+    def placement_for(self, num_ranks: int) -> Placement:
+        """The placement of the experts in a group of ``num_ranks`` (1 to 1024).
+
+        Raises:
+            ValueError: ``placement`` was made for another group size, or names a rank that this group does not have,
+                or the received rows of a rank could not be numbered in 31 bits.
+        """
+        if self.placement is None:
+            placement = Placement.contiguous(self.num_experts, num_ranks)
+        elif isinstance(self.placement, Placement):
+            placement = self.placement
+        else:
+            placement = Placement(self.placement, num_ranks)
+        if placement.num_ranks != num_ranks:
+            raise ValueError(
+                f"placement: made for {placement.num_ranks} ranks, this group has {num_ranks}; "
+                f"pass Placement(expert_rank, {num_ranks}), or None for contiguous blocks."
+            )
+        num_rows = placement.max_local_experts * self.capacity(num_ranks)
+        if num_rows >= 1 << 31:
+            raise ValueError(
+                f"num_max_tokens_per_rank: {placement.max_local_experts} local experts of capacity "
+                f"{self.capacity(num_ranks)} make {num_rows} rows, more than an int32 can number; "
+                f"pass at most {((1 << 31) - 1) // (placement.max_local_experts * num_ranks)}."
+            )
+        return placement
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    wanted = " or ".join(f'"{choice}"' for choice in choices)
+    if not isinstance(value, str):
+        raise TypeError(f"{name}: expected a string, got {value!r} ({type(value).__name__}); pass {wanted}.")
+    if value not in choices:
+        raise ValueError(f'{name}: "{value}" is not known; pass {wanted}.')
+
+
+def _check_dtype(dtype: object) -> None:
+    wanted = "torch.bfloat16 or torch.float32"
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype: expected a torch.dtype, got {dtype!r} ({type(dtype).__name__}); pass {wanted}.")
+    if dtype in DTYPES:
+        return
+    if dtype == torch.float16 or str(dtype).startswith("torch.float8"):
+        raise ValueError(f"dtype: {dtype} comes with a later release; pass {wanted} until then.")
+    raise ValueError(f"dtype: {dtype} is not a payload type; pass {wanted}.")
+
+
+def _as_expert_rank(placement: object) -> tuple[int, ...]:
+    if isinstance(placement, str) or not hasattr(placement, "__iter__"):
+        raise TypeError(
+            f"placement: expected a Placement, a sequence of ranks or None, got {type(placement).__name__}; "
+            "pass Placement(expert_rank, num_ranks), or None for contiguous blocks."
+        )
+    return tuple(as_whole_number(f"placement[{expert}]", rank) for expert, rank in enumerate(placement))
