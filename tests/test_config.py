@@ -113,7 +113,7 @@ def test_any_map():
     assert placement.expert_local == (0, 0, 1, 2, 1) and placement.num_experts == 5
     assert placement == Placement(torch.tensor([2, 0, 2, 2, 0]), 4)
     assert pickle.loads(pickle.dumps(placement)).local_experts(2) == (0, 2, 3)
-    with pytest.raises(ValueError, match="^rank: 4"):
+    with pytest.raises(ValueError, match=r"^rank: 4"):
         placement.local_experts(4)
 
 
@@ -139,18 +139,18 @@ def test_placement_for_a_group():
     by_hand = Placement([e % 3 for e in range(32)], 3)
     assert Config(**GOOD, placement=by_hand).placement_for(3) is by_hand
     assert Config(**GOOD, placement=list(by_hand.expert_rank)).placement_for(3) == by_hand
-    with pytest.raises(ValueError, match="^placement: made for 3 ranks, this group has 4; pass"):
+    with pytest.raises(ValueError, match=r"^placement: made for 3 ranks, this group has 4; pass"):
         Config(**GOOD, placement=by_hand).placement_for(4)
     with pytest.raises(ValueError, match=r"^expert_rank\[2\]: rank 2 is not in a group of 2"):
         Config(**GOOD, placement=list(by_hand.expert_rank)).placement_for(2)
-    with pytest.raises(ValueError, match="^num_ranks"):
+    with pytest.raises(ValueError, match=r"^num_ranks"):
         Config(**GOOD).placement_for(1025)
 
 
 def test_rows_must_be_countable_in_an_int32():
     config = Config(num_experts=256, hidden=64, num_topk=1, num_max_tokens_per_rank=1 << 18)
     config.placement_for(64)
-    with pytest.raises(ValueError, match="^num_max_tokens_per_rank: .*; pass at most 32767"):
+    with pytest.raises(ValueError, match=r"^num_max_tokens_per_rank: .*; pass at most 32767"):
         Config(num_experts=65536, hidden=64, num_topk=1, num_max_tokens_per_rank=1 << 18).placement_for(8)
 
 
