@@ -1,0 +1,153 @@
+"""The faults a drill is asked for: read from the command line, and checked before a process is started."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+KINDS = ("kill", "stop", "cut", "rejoin")
+_MAX_STOP_MS = 3600 * 1000  # an hour: a longer one is a typing mistake
+
+_FORM = {"kill": "R@S[:PHASE]", "stop": "R@S:MS", "cut": "A-B@S", "rejoin": "R@S"}
+_EXAMPLE = {"kill": "3@50", "stop": "3@50:4000", "cut": "2-5@50", "rejoin": "3@80"}
+_MEANS = {
+    "kill": "SIGKILL rank R in step S, or at a named phase inside it",
+    "stop": "SIGSTOP rank R in step S, SIGCONT after MS milliseconds",
+    "cut": "from step S on, lose everything between ranks A and B",
+    "rejoin": "start a new process as rank R in step S (comes with the membership release)",
+}
+_PATTERN = {
+    "kill": re.compile(r"(?P<rank>\d+)@(?P<step>\d+)(:(?P<phase>.+))?", re.ASCII),
+    "stop": re.compile(r"(?P<rank>\d+)@(?P<step>\d+):(?P<duration_ms>\d+)", re.ASCII),
+    "cut": re.compile(r"(?P<rank>\d+)-(?P<peer>\d+)@(?P<step>\d+)", re.ASCII),
+    "rejoin": re.compile(r"(?P<rank>\d+)@(?P<step>\d+)", re.ASCII),
+}
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One fault to inject.
+
+    Attributes:
+        kind: ``"kill"``, ``"stop"``, ``"cut"`` or ``"rejoin"``.
+        rank: whom it hits; of a cut, the lower of the two.
+        step: in which step, counted from 0.
+        peer: of a cut, the other end.
+        phase: of a kill, the named phase of the step's dispatch or combine at which it strikes; ``None`` for the
+            parent's signal at some instant of the step.
+        duration_ms: of a stop, until the rank is woken.
+    """
+
+    kind: str
+    rank: int
+    step: int
+    peer: int | None = None
+    phase: str | None = None
+    duration_ms: int | None = None
+
+    def __str__(self) -> str:
+        """As it is written on the command line, with its kind in front."""
+        who = str(self.rank) if self.peer is None else f"{self.rank}-{self.peer}"
+        detail = self.phase if self.duration_ms is None else self.duration_ms
+        return f"{self.kind} {who}@{self.step}" + ("" if detail is None else f":{detail}")
+
+
+def add_fault_options(parser: argparse.ArgumentParser, phases: Sequence[str]) -> None:
+    """Adds ``--kill``, ``--stop``, ``--cut`` and ``--rejoin``, which may all be repeated; the help lists ``phases``."""
+    listed = ", ".join(phases) if phases else "none in this build"
+    group = parser.add_argument_group("faults", f"each may be given again; phases: {listed}")
+    for kind in KINDS:
+        group.add_argument(f"--{kind}", action="append", default=[], metavar=_FORM[kind], help=_MEANS[kind])
+
+
+def parse_faults(
+    *,
+    kill: Sequence[str] = (),
+    stop: Sequence[str] = (),
+    cut: Sequence[str] = (),
+    rejoin: Sequence[str] = (),
+    num_ranks: int,
+    num_steps: int,
+    phases: Sequence[str] = (),
+) -> list[Fault]:
+    """The faults of a drill, by step.
+
+    Args:
+        kill, stop, cut, rejoin: the texts given to each option.
+        num_ranks, num_steps: of the drill; ranks and steps count from 0.
+        phases: names that a kill may carry.
+
+    Raises:
+        ValueError: a text that does not read, a rank, step or phase that does not exist, or faults that do not fit
+            each other. The message names the option and shows a right one.
+    """
+    texts = {"kill": kill, "stop": stop, "cut": cut, "rejoin": rejoin}
+    faults = [_parse(kind, text) for kind in KINDS for text in texts[kind]]
+    for fault in faults:
+        _check_exists(fault, num_ranks, num_steps, phases)
+    faults.sort(key=lambda fault: fault.step)
+    _check_together(faults, num_ranks)
+    return faults
+
+
+def _parse(kind: str, text: str) -> Fault:
+    match = _PATTERN[kind].fullmatch(text.strip())
+    if match is None:
+        raise _refusal(kind, text, f"expected {_FORM[kind]}")
+    parts = match.groupdict()
+    numbers = {name: int(value) for name, value in parts.items() if name != "phase" and value is not None}
+    if kind == "cut" and numbers["rank"] > numbers["peer"]:
+        numbers["rank"], numbers["peer"] = numbers["peer"], numbers["rank"]
+    return Fault(kind=kind, phase=parts.get("phase"), **numbers)
+
+
+def _check_exists(fault: Fault, num_ranks: int, num_steps: int, phases: Sequence[str]) -> None:
+    kind, text = fault.kind, str(fault).split(" ", 1)[1]
+    if kind == "rejoin":
+        raise ValueError(
+            f"--rejoin {text}: a rank that comes back comes with the membership release; leave --rejoin out until "
+            f"then (--kill {text} alone shows how the others go on without it)."
+        )
+    for rank in (fault.rank, fault.peer):
+        if rank is not None and rank >= num_ranks:
+            raise _refusal(kind, text, f"there is no rank {rank} among {num_ranks} (ranks 0 to {num_ranks - 1})")
+    if fault.rank == fault.peer:
+        raise _refusal(kind, text, "a rank has no link to itself")
+    if fault.step >= num_steps:
+        raise _refusal(kind, text, f"there is no step {fault.step} among {num_steps} (steps 0 to {num_steps - 1})")
+    if fault.phase is not None and fault.phase not in phases:
+        known = f"the phases are {', '.join(phases)}" if phases else "this build has no phases"
+        raise _refusal(kind, text, f'there is no phase "{fault.phase}"; {known}')
+    if fault.duration_ms is not None and not 1 <= fault.duration_ms <= _MAX_STOP_MS:
+        raise _refusal(kind, text, f"a stop lasts 1 to {_MAX_STOP_MS} ms")
+
+
+def _check_together(faults: Sequence[Fault], num_ranks: int) -> None:
+    """``faults`` by step: nothing can happen to a dead rank, and a drill without survivors shows nothing."""
+    killed: dict[int, Fault] = {}
+    seen: dict[tuple[int, int], Fault] = {}
+    links: dict[tuple[int, int | None], Fault] = {}
+    for fault in faults:
+        kind, text = str(fault).split(" ", 1)
+        for rank in (fault.rank, fault.peer):
+            if rank in killed and killed[rank].step < fault.step:
+                raise _refusal(kind, text, f"rank {rank} is dead by then (--{killed[rank]})")
+        if kind == "cut":
+            if (fault.rank, fault.peer) in links:
+                raise _refusal(kind, text, f"this link is cut already (--{links[fault.rank, fault.peer]})")
+            links[fault.rank, fault.peer] = fault
+            continue
+        if (fault.rank, fault.step) in seen:
+            earlier = seen[fault.rank, fault.step]
+            raise _refusal(kind, text, f"rank {fault.rank} has a fault in that step already (--{earlier})")
+        seen[fault.rank, fault.step] = fault
+        if kind == "kill":
+            killed[fault.rank] = fault
+    if len(killed) == num_ranks:
+        raise ValueError(f"--kill: all {num_ranks} ranks would be dead; leave at least one of them alive.")
+
+
+def _refusal(kind: str, text: str, why: str) -> ValueError:
+    return ValueError(f"--{kind} {text}: {why}; a right one looks like --{kind} {_EXAMPLE[kind]}")

@@ -1,0 +1,121 @@
+"""The drill's fault options: what they mean, and that each refusal names the option and shows a right one."""
+
+from __future__ import annotations
+
+import argparse
+
+import pytest
+
+from fault_a2a.cli.drill.faults import KINDS, Fault, add_fault_options, parse_faults
+
+GROUP = {"num_ranks": 8, "num_steps": 200, "phases": ["dispatch.gate", "combine.reduce"]}
+
+
+@pytest.mark.parametrize(
+    ("option", "text", "fault"),
+    [
+        ("kill", "3@50", Fault("kill", rank=3, step=50)),
+        ("kill", "0@0:dispatch.gate", Fault("kill", rank=0, step=0, phase="dispatch.gate")),
+        ("kill", "7@199:combine.reduce", Fault("kill", rank=7, step=199, phase="combine.reduce")),
+        ("stop", "3@50:4000", Fault("stop", rank=3, step=50, duration_ms=4000)),
+        ("cut", "2-5@7", Fault("cut", rank=2, peer=5, step=7)),
+        ("cut", "5-2@7", Fault("cut", rank=2, peer=5, step=7)),
+        ("kill", " 3@50 ", Fault("kill", rank=3, step=50)),
+    ],
+)
+def test_reads(option, text, fault):
+    (got,) = parse_faults(**{option: [text]}, **GROUP)
+    assert got == fault
+    kind, again = str(got).split(" ")
+    assert parse_faults(**{kind: [again]}, **GROUP) == [fault], "it writes itself as it is read"
+
+
+def test_none():
+    assert parse_faults(**GROUP) == []
+
+
+def test_several_stand_by_step():
+    faults = parse_faults(kill=["3@50", "0@20:dispatch.gate"], stop=["1@30:100", "1@40:100"], cut=["4-5@50"], **GROUP)
+    assert [str(fault) for fault in faults] == [
+        "kill 0@20:dispatch.gate",
+        "stop 1@30:100",
+        "stop 1@40:100",
+        "kill 3@50",
+        "cut 4-5@50",
+    ]
+
+
+def test_two_victims_in_one_step_and_a_stop_before_a_kill():
+    assert len(parse_faults(kill=["3@50", "4@50"], stop=["3@10:5"], **GROUP)) == 3
+
+
+@pytest.mark.parametrize(
+    ("option", "text", "why"),
+    [
+        ("kill", "", r"expected R@S\[:PHASE\]"),
+        ("kill", "3", r"expected R@S\[:PHASE\]"),
+        ("kill", "-1@3", r"expected R@S\[:PHASE\]"),
+        ("kill", "3@5@6", r"expected R@S\[:PHASE\]"),
+        ("kill", "3@50:", r"expected R@S\[:PHASE\]"),
+        ("kill", "٣@50", r"expected R@S\[:PHASE\]"),
+        ("kill", "8@50", "there is no rank 8 among 8 .ranks 0 to 7."),
+        ("kill", "3@200", "there is no step 200 among 200 .steps 0 to 199."),
+        ("kill", "3@50:lunch", 'there is no phase "lunch"; the phases are dispatch.gate, combine.reduce'),
+        ("stop", "3@50", "expected R@S:MS"),
+        ("stop", "3@50:4s", "expected R@S:MS"),
+        ("stop", "3@50:0", "a stop lasts 1 to"),
+        ("stop", "3@50:99999999", "a stop lasts 1 to"),
+        ("stop", "9@50:10", "there is no rank 9"),
+        ("cut", "2@7", "expected A-B@S"),
+        ("cut", "2-9@7", "there is no rank 9"),
+        ("cut", "2-2@7", "a rank has no link to itself"),
+        ("rejoin", "3", "expected R@S"),
+    ],
+)
+def test_refusals_name_the_option_and_show_a_right_one(option, text, why):
+    with pytest.raises(
+        ValueError, match=rf"^--{option} .*: {why}.*; a right one looks like --{option} (?P<right>\S+)$"
+    ) as e:
+        parse_faults(**{option: [text]}, **GROUP)
+    right = str(e.value).rsplit(" ", 1)[1]
+    if option != "rejoin":
+        assert parse_faults(**{option: [right]}, **GROUP), "the example it shows is accepted"
+
+
+def test_rejoin_is_read_and_refused_for_now():
+    with pytest.raises(ValueError, match=r"^--rejoin 3@80: .* comes with the membership release; leave --rejoin out"):
+        parse_faults(kill=["3@50"], rejoin=["3@80"], **GROUP)
+
+
+def test_no_phases_in_this_build():
+    with pytest.raises(ValueError, match=r"this build has no phases"):
+        parse_faults(kill=["3@5:dispatch.gate"], num_ranks=8, num_steps=9)
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"kill": ["3@50", "3@60"]}, r"^--kill 3@60: rank 3 is dead by then \(--kill 3@50\)"),
+        ({"kill": ["3@50"], "stop": ["3@60:10"]}, r"^--stop 3@60:10: rank 3 is dead by then"),
+        ({"kill": ["3@50"], "cut": ["1-3@60"]}, r"^--cut 1-3@60: rank 3 is dead by then"),
+        ({"kill": ["3@50", "3@50:dispatch.gate"]}, r"rank 3 has a fault in that step already \(--kill 3@50\)"),
+        ({"kill": ["3@50"], "stop": ["3@50:10"]}, r"rank 3 has a fault in that step already"),
+        ({"cut": ["1-3@50", "3-1@60"]}, r"^--cut 1-3@60: this link is cut already \(--cut 1-3@50\)"),
+        ({"kill": [f"{rank}@5" for rank in range(8)]}, r"^--kill: all 8 ranks would be dead; leave at least one"),
+    ],
+)
+def test_faults_that_do_not_fit_each_other(options, why):
+    with pytest.raises(ValueError, match=why):
+        parse_faults(**options, **GROUP)
+
+
+def test_command_line():
+    parser = argparse.ArgumentParser(prog="drill")
+    add_fault_options(parser, GROUP["phases"])
+    args = parser.parse_args(["--kill", "3@50", "--kill=4@50", "--stop", "1@2:3", "--cut", "1-2@3"])
+    given = {kind: getattr(args, kind) for kind in KINDS}
+    assert given == {"kill": ["3@50", "4@50"], "stop": ["1@2:3"], "cut": ["1-2@3"], "rejoin": []}
+    assert len(parse_faults(**given, **GROUP)) == 4
+    text = parser.format_help()
+    assert all(f"--{kind}" in text for kind in KINDS) and "dispatch.gate, combine.reduce" in " ".join(text.split())
+    assert vars(parser.parse_args([])) == {kind: [] for kind in KINDS}
