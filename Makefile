@@ -1,0 +1,80 @@
+# Builds, checks and shows fault_a2a. Needs python3 (3.11 or newer, with venv), g++ and make; the rest goes into $(VENV).
+#
+#   make drill    eight processes, one of them killed in the middle of an all-to-all
+#   make test     the test suite (ARGS="-k tidy" goes to pytest; drill and prove take ARGS too)
+#   make prove    the long runs behind docs/measured.md
+#   make lint     what a change is checked for;  make format  mends what can be mended
+#   make native   the native tests without Python
+#   make clean    forgets the build;  make distclean  forgets $(VENV) too
+
+PYTHON ?= python3
+VENV ?= .venv
+PY := $(VENV)/bin/python
+STAMPS := $(VENV)/stamps
+CPP_FILES = $(shell find csrc kernels tests/native -name '*.[ch]pp' -o -name '*.cu' 2>/dev/null)
+
+.PHONY: drill test prove lint format native build clean distclean
+.DELETE_ON_ERROR:
+
+drill: build
+	$(VENV)/bin/fault-a2a drill $(ARGS)
+
+test: build
+	$(PY) -m pytest $(ARGS)
+
+prove: build
+	$(PY) -m tests.prove $(ARGS)
+
+lint: $(STAMPS)/tools
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(VENV)/bin/clang-format --dry-run --Werror $(CPP_FILES)
+
+format: $(STAMPS)/tools
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+	$(VENV)/bin/clang-format -i $(CPP_FILES)
+
+# Always asked, seldom at work: ninja recompiles only what an edit touched.
+build: $(STAMPS)/package
+	@$(PY) setup.py --quiet build_ext --inplace
+
+native: $(STAMPS)/tools
+	$(VENV)/bin/cmake -S . -B build/native -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(VENV))/bin/ninja \
+	  -DFA2A_BUILD_PYTHON=OFF -DFA2A_BUILD_TESTS=ON $(CMAKE_ARGS)
+	$(VENV)/bin/cmake --build build/native
+	$(VENV)/bin/ctest --test-dir build/native --output-on-failure
+
+# The package in place: the command `fault-a2a`, and fault_a2a.kernels pointing at kernels/.
+$(STAMPS)/package: pyproject.toml setup.py $(STAMPS)/tools
+	@echo "Building the native core: a minute or two the first time"
+	@$(PY) setup.py --quiet build_ext --inplace
+	@$(PY) -m pip install --quiet --no-build-isolation --no-deps --editable .
+	@touch $@
+
+# torch goes in first and alone: what depends on it must find it there, and never choose its version.
+$(STAMPS)/tools: requirements-dev.txt $(STAMPS)/venv
+	@echo "Installing torch and the tools into $(VENV): a few minutes, once"
+	@$(PY) -m pip install --quiet "$$(grep '^torch==' requirements-dev.txt)"
+	@$(PY) -m pip install --quiet --requirement requirements-dev.txt
+	@touch $@
+
+$(STAMPS)/venv:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "$(PYTHON) is older than 3.11: run make PYTHON=python3.12, or whichever newer one there is"; exit 1; }
+	@$(PYTHON) -c 'import os, sys, sysconfig as s; sys.exit(not os.path.exists(s.get_path("include") + "/Python.h"))' || \
+	  { echo "$(PYTHON) comes without its C headers: install them (Debian: apt-get install python3-dev)"; exit 1; }
+	@command -v $(CXX) >/dev/null || \
+	  { echo "no C++ compiler: install one (Debian: apt-get install g++), or name yours with CXX="; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || \
+	  { echo "$(PYTHON) cannot make a virtual environment (Debian: apt-get install python3-venv)"; exit 1; }
+	@mkdir -p $(STAMPS) && touch $@
+
+clean:
+	rm -rf build fault_a2a/include fault_a2a/*.so *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find fault_a2a kernels tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+	rm -f $(STAMPS)/package
+
+distclean: clean
+	rm -rf $(VENV)
