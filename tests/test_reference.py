@@ -238,10 +238,12 @@ def test_renormalize(reduce):
     assert (out == 0).all() and not out.signbit().any()
 
 
-def test_renormalize_leaves_bits_alone_when_all_arrived_even_with_zero_weights():
+def test_renormalize_leaves_bits_alone_when_all_arrived_even_if_the_weights_cancel():
     rows, topk_idx, weights, delivered = random_case(3, F32, p_lost=0.0)
-    weights[0] = 0
+    topk_idx[0] = torch.arange(4)
+    weights[0] = torch.tensor([1.0, -1.0, 0.5, -0.5])
     args = (rows, topk_idx, weights, delivered)
+    assert reference.combine(*args)[0].all()
     assert reference.same_bits(reference.combine(*args, on_lost="renormalize"), reference.combine(*args)).all()
 
 
