@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from setuptools import Extension, find_packages, setup
+from setuptools import Extension, find_namespace_packages, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
@@ -71,17 +71,14 @@ def _cmake(*arguments: str | Path, quiet: bool = True) -> None:
 
 
 def _packages() -> list[str]:
-    kernels = ["fault_a2a.kernels", *(f"fault_a2a.kernels.{name}" for name in find_packages("kernels"))]
+    kernels = ["fault_a2a.kernels", *(f"fault_a2a.kernels.{name}" for name in find_namespace_packages("kernels"))]
     return find_packages(include=["fault_a2a", "fault_a2a.*"]) + kernels
 
 
 setup(
     packages=_packages(),
     package_dir={"fault_a2a.kernels": "kernels"},
-    package_data={
-        "fault_a2a": ["py.typed"],
-        "fault_a2a.kernels": [f"**/*.{suffix}" for suffix in ("cpp", "cu", "hpp")],
-    },
+    package_data={"": ["*.cpp", "*.cu", "*.hpp"], "fault_a2a": ["py.typed"]},
     ext_modules=[Extension("fault_a2a._C", sources=[]), Extension("fault_a2a._C_hooks", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
 )

@@ -1,4 +1,4 @@
-// A planted race: a row is published by a plain store. ThreadSanitizer must report it, or its silence elsewhere says nothing.
+// A planted race: a row is published by a plain store. ThreadSanitizer must report it, or its silence says nothing.
 #include <thread>
 
 int row = 0;
