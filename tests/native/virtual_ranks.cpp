@@ -1,0 +1,188 @@
+// Four virtual ranks run rounds; one leaves, one dies in mid-combine. The survivors' sums are exact, and sanitizers
+// look on.
+#include <stdio.h>
+#include <string.h>
+
+#include <atomic>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#include "bindings/endpoint.hpp"
+#include "transport/local.hpp"
+
+using namespace fa2a;
+
+namespace {
+
+constexpr i32 kNumRanks = 4, kNumExperts = 8, kNumTopk = 3, kNumMaxTokens = 6, kHidden = 16, kNumRounds = 1200;
+constexpr i32 kLeaver = 3, kLeavesAt = 400, kVictim = 2, kDiesAt = 800;
+constexpr u8 kDelivered = static_cast<u8>(Outcome::delivered), kLost = static_cast<u8>(Outcome::lost);
+
+std::atomic<i32> num_failures{0};
+
+void expect(bool holds, const char* what, i32 rank, u64 round) {
+  if (holds) return;
+  ++num_failures;
+  fprintf(stderr, "rank %d, round %llu: %s\n", rank, round, what);
+}
+
+EndpointConfig config_of(i32 rank) {
+  EndpointConfig config;
+  config.shape.num_ranks = kNumRanks;
+  config.shape.num_experts = kNumExperts;
+  config.shape.num_topk = kNumTopk;
+  config.shape.num_max_tokens = kNumMaxTokens;
+  config.shape.max_local_experts = config.num_local_experts = kNumExperts / kNumRanks;
+  config.shape.hidden_bytes = kHidden * static_cast<i32>(sizeof(float));
+  config.rank = rank;
+  config.dtype = DType::float32;
+  config.silence_ms =
+      1500;  // the victim says nothing when it dies; a sanitizer is slow, and must not be taken for silence
+  config.settle_ms = 5;
+  for (i32 expert = 0; expert < kNumExperts; ++expert) {
+    config.expert_rank.push_back(expert / config.num_local_experts);
+    config.expert_local.push_back(expert % config.num_local_experts);
+  }
+  return config;
+}
+
+// One arbiter for all: the first proposal of an epoch is the decision.
+class Arbiter {
+ public:
+  Decision decide(const Decision& proposal) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    return decisions_.emplace(proposal.view.epoch, proposal).first->second;
+  }
+
+ private:
+  std::mutex mutex_;
+  std::map<u64, Decision> decisions_;
+};
+
+// The tokens of one rank in one round, and what came of them.
+struct Batch {
+  i32 num_tokens;
+  std::vector<float> x, weights, out;
+  std::vector<i64> experts;
+  std::vector<u8> codes;
+
+  Batch(i32 rank, i32 round) : num_tokens((rank + round) % (kNumMaxTokens + 1)) {
+    const auto tokens = static_cast<size_t>(num_tokens);
+    out.resize(tokens * kHidden);
+    codes.resize(tokens * kNumTopk);
+    for (i32 token = 0; token < num_tokens; ++token) {
+      for (i32 h = 0; h < kHidden; ++h)
+        x.push_back(static_cast<float>(rank * 10000 + round) + 0.37f * static_cast<float>(token + h));
+      for (i32 choice = 0; choice < kNumTopk; ++choice) {
+        experts.push_back((rank + round + token + 3 * choice) % kNumExperts);
+        weights.push_back(0.1f + 0.3f * static_cast<float>(choice));
+      }
+    }
+  }
+
+  // The experts give back what they got, so a token's sum is known from the delivered choices alone.
+  bool sums_are_exact() const {
+    for (size_t token = 0; token < static_cast<size_t>(num_tokens); ++token) {
+      for (size_t h = 0; h < kHidden; ++h) {
+        float sum = 0.0f;
+        for (size_t choice = 0; choice < kNumTopk; ++choice) {
+          const size_t which = token * kNumTopk + choice;
+          const float term = weights[which] * x[token * kHidden + h];
+          if (codes[which] == kDelivered) sum = sum + term;
+        }
+        if (memcmp(&sum, &out[token * kHidden + h], sizeof sum) != 0) return false;
+      }
+    }
+    return true;
+  }
+
+  bool any(u8 wanted) const {
+    for (u8 code : codes)
+      if (code == wanted) return true;
+    return false;
+  }
+  bool all_delivered() const {
+    for (u8 code : codes)
+      if (code != kDelivered) return false;
+    return true;
+  }
+};
+
+void run_rounds(Endpoint& endpoint, i32 rank) {
+  constexpr size_t kNumLocal = kNumExperts / kNumRanks, kCapacity = kNumRanks * kNumMaxTokens;
+  std::vector<float> recv(kNumLocal * kCapacity * kHidden);
+  std::vector<i32> counts(kNumLocal), offsets(kNumLocal + 1);
+  for (i32 i = 0; i < kNumRounds; ++i) {
+    if (rank == kLeaver && i == kLeavesAt) return endpoint.close();
+    Batch batch(rank, i);
+    DispatchArgs sent{};
+    sent.x = reinterpret_cast<const u8*>(batch.x.data());
+    sent.topk_idx = batch.experts.data();
+    sent.idx_is_64_bit = true;
+    sent.topk_weights = batch.weights.data();
+    sent.num_tokens = batch.num_tokens;
+    sent.recv_x = reinterpret_cast<u8*>(recv.data());
+    sent.num_tokens_per_expert = counts.data();
+    sent.offsets = offsets.data();
+    const DispatchResult got = endpoint.dispatch(sent);
+
+    u8 lost = 0;
+    CombineArgs back{};
+    back.y = sent.recv_x;
+    back.round = got.round;
+    back.out = reinterpret_cast<u8*>(batch.out.data());
+    back.codes = batch.codes.data();
+    back.lost = &lost;
+    const CombineResult done = endpoint.combine(back);
+    if (endpoint.crashed()) return expect(rank == kVictim && i == kDiesAt, "only the victim dies", rank, got.round);
+
+    expect(got.status == Status::ok && done.status == Status::ok, "a call on a live rank succeeds", rank, got.round);
+    expect(batch.sums_are_exact(), "the output is the sum of the delivered choices", rank, got.round);
+    expect(batch.any(kLost) == (lost != 0), "lost says what the codes say", rank, got.round);
+    // Others run at most a round ahead, so until then nobody has left.
+    if (i < kLeavesAt - 1) expect(batch.all_delivered(), "a healthy round delivers everything", rank, got.round);
+  }
+}
+
+void serve_arbiter(Endpoint& endpoint, Arbiter& arbiter, const std::atomic<bool>& over) {
+  while (!over.load()) {
+    const auto proposal = endpoint.pulse().next_proposal(20 * 1000000);
+    if (proposal) endpoint.pulse().learn(arbiter.decide(*proposal));
+  }
+}
+
+}  // namespace
+
+int main() {
+  auto group = std::make_shared<LocalGroup>(config_of(0).shape);
+  std::vector<std::unique_ptr<Endpoint>> ranks;
+  for (i32 rank = 0; rank < kNumRanks; ++rank) ranks.push_back(std::make_unique<Endpoint>(config_of(rank), group, ""));
+  for (auto& rank : ranks) rank->create();
+  for (auto& rank : ranks) rank->open_peers();
+  for (auto& rank : ranks) rank->serve();
+  Armed& death = ranks[kVictim]->wire().faults.armed[0];
+  death.point = Point::combine_send_rows;
+  death.round = kDiesAt;
+  death.action = Action::crash;
+
+  Arbiter arbiter;
+  std::atomic<bool> over{false};
+  std::vector<std::thread> arbiters, workers;
+  for (auto& rank : ranks) arbiters.emplace_back([&] { serve_arbiter(*rank, arbiter, over); });
+  for (i32 rank = 0; rank < kNumRanks; ++rank)
+    workers.emplace_back([&, rank] { run_rounds(*ranks[static_cast<size_t>(rank)], rank); });
+  for (auto& worker : workers) worker.join();
+  RankSet survivors;
+  survivors.add(0);
+  survivors.add(1);
+  for (i32 rank = 0; rank < 2; ++rank)
+    expect(ranks[static_cast<size_t>(rank)]->pulse().current().view.active == survivors, "two ranks are left", rank,
+           kNumRounds);
+  over.store(true);
+  for (auto& thread : arbiters) thread.join();
+  for (auto& rank : ranks) rank->close();
+  return num_failures.load() == 0 ? 0 : 1;
+}
