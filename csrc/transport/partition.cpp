@@ -1,0 +1,17 @@
+// A fresh partition, as its owner hands it to one writer incarnation.
+#include "protocol/memory.hpp"
+#include "transport/fabric.hpp"
+
+namespace fa2a {
+
+void prepare_partition(u8* partition, const Shape& shape, i32 owner, i32 writer, u64 incarnation, u64 first_round) {
+  const PartitionLayout at = partition_layout(shape);
+  auto* header = reinterpret_cast<PartitionHeader*>(partition + at.header);
+  *header = {kPartitionMagic, shape_hash(shape), incarnation, owner, writer};
+  for (u32 parity = 0; parity < kNumParities; ++parity) {
+    store_release(reinterpret_cast<u64*>(partition + at.dispatch_signal[parity]), fresh_word(first_round, parity));
+    store_release(reinterpret_cast<u64*>(partition + at.combine_signal[parity]), fresh_word(first_round, parity));
+  }
+}
+
+}  // namespace fa2a

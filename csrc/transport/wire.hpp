@@ -1,0 +1,60 @@
+// The stores that leave a rank, in one place, so that the test build can make them slow, silent, late or wrong.
+#pragma once
+
+#include <string.h>
+
+#include "host/doorbell.hpp"
+#include "protocol/layout.hpp"
+#include "protocol/memory.hpp"
+#include "protocol/phases.hpp"
+#include "transport/fabric.hpp"
+#if defined(FA2A_TEST_HOOKS) && FA2A_TEST_HOOKS
+#include "transport/faults.hpp"
+#endif
+
+namespace fa2a {
+
+class Wire {
+ public:
+  explicit Wire(Fabric& fabric) : fabric_(fabric) {}
+
+#if defined(FA2A_TEST_HOOKS) && FA2A_TEST_HOOKS
+  void put_rows(i32 dst, void* to, const void* from, u64 num_bytes) { faults.put_rows(dst, to, from, num_bytes); }
+  void put_row_header(i32 dst, RowHeader* to, const RowHeader& header, const RowChoice* choices) {
+    if (faults.cut.has(dst)) return;
+    store_row_header(to, header, choices);
+    faults.lie_about(to);
+  }
+  void put_signal(i32 dst, u64* word, u64 value, bool combine) {
+    if (faults.put_signal(dst, word, value, combine)) ring_doorbell(fabric_.page(dst));
+  }
+  void put_progress(i32 dst, u64* word, u64 value) {
+    if (!faults.cut.has(dst)) store_release(word, value);
+  }
+  bool ignores_consent() const { return faults.ignore_consent; }
+  void at(Point point, u64 round) { faults.at(point, round, fabric_); }
+
+  Faults faults;
+#else
+  void put_rows(i32, void* to, const void* from, u64 num_bytes) { memcpy(to, from, num_bytes); }
+  void put_row_header(i32, RowHeader* to, const RowHeader& header, const RowChoice* choices) {
+    store_row_header(to, header, choices);
+  }
+  void put_signal(i32 dst, u64* word, u64 value, bool) {
+    store_release(word, value);
+    ring_doorbell(fabric_.page(dst));
+  }
+  void put_progress(i32, u64* word, u64 value) { store_release(word, value); }
+  static constexpr bool ignores_consent() { return false; }
+  void at(Point, u64) {}
+#endif
+
+ private:
+  static void store_row_header(RowHeader* to, const RowHeader& header, const RowChoice* choices) {
+    *to = header;
+    memcpy(to + 1, choices, sizeof(RowChoice) * static_cast<u64>(header.num_choices));
+  }
+  Fabric& fabric_;
+};
+
+}  // namespace fa2a
