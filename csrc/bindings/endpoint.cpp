@@ -1,0 +1,208 @@
+// The life of a rank: create, open, serve, close.
+#include "bindings/endpoint.hpp"
+
+#include <string.h>
+
+#include <algorithm>
+#include <random>
+#include <stdexcept>
+
+#include "host/clock.hpp"
+#include "host/doorbell.hpp"
+#include "host/process.hpp"
+
+namespace fa2a {
+
+namespace {
+
+u64 new_incarnation() {
+  std::random_device source;
+  const u64 value = static_cast<u64>(source()) << 32 | source();
+  return value | 1;  // never 0, which is what an empty page holds
+}
+
+}  // namespace
+
+Endpoint::Endpoint(const EndpointConfig& config, std::shared_ptr<LocalGroup> group, const std::string& token)
+    : config_(config), group_(std::move(group)), token_(token), state_(std::make_unique<RankState>()) {}
+
+Endpoint::~Endpoint() { close(); }
+
+void Endpoint::create() {
+  if (group_) {
+    fabric_ = make_local_fabric(group_, config_.rank);
+  } else {
+    auto shared = make_shared_fabric(config_.shape, token_, config_.rank);
+    shared_ = shared.get();
+    fabric_ = std::move(shared);
+  }
+  const PartitionLayout at = partition_layout(config_.shape);
+  for (i32 writer = 0; config_.poison && writer < num_partitions(config_.shape); ++writer)
+    memset(fabric_->inbound(writer), 0xff, at.num_bytes);
+  ControlPage& page = shared_ != nullptr ? shared_->own_page() : fabric_->page(config_.rank);
+  page.shape_hash = shape_hash(config_.shape);
+  page.incarnation = new_incarnation();
+  page.rank = static_cast<u32>(config_.rank);
+  page.pid = static_cast<u32>(process_id());
+  __atomic_store_n(&page.life, static_cast<u32>(Life::constructing), __ATOMIC_RELEASE);
+  store_release(&page.magic, kControlMagic);
+}
+
+Decision Endpoint::first_decision() const {
+  Decision first;
+  first.view.epoch = config_.first_epoch;
+  first.view.first_round = config_.first_round;
+  first.view.active = RankSet::first(config_.shape.num_ranks);
+  for (i32 rank = 0; rank < config_.shape.num_ranks; ++rank) {
+    first.view.incarnations[rank] = fabric_->page(rank).incarnation;
+    first.view.partitions[rank] = static_cast<u16>(rank);
+  }
+  strncpy(first.reason, "the group was constructed", sizeof first.reason - 1);
+  return first;
+}
+
+void Endpoint::open_peers() {
+  if (shared_ != nullptr) shared_->open_peers();
+  for (i32 peer = 0; peer < config_.shape.num_ranks; ++peer) {
+    const ControlPage& page = fabric_->page(peer);
+    if (load_acquire(&page.magic) == kControlMagic && page.shape_hash == shape_hash(config_.shape)) continue;
+    throw std::runtime_error("rank " + std::to_string(peer) +
+                             " was built with another Config or version; give all ranks the same one");
+  }
+  const Decision first = first_decision();
+  for (i32 writer = 0; writer < num_partitions(config_.shape); ++writer) {
+    const u64 incarnation = writer < config_.shape.num_ranks ? first.view.incarnations[writer] : 0;
+    prepare_partition(fabric_->inbound(writer), config_.shape, config_.rank, writer, incarnation, config_.first_round);
+  }
+  state_->started = config_.first_round;
+  state_->ring.views[0] = first.view;
+  for (i32 rank = 0; rank < kMaxRanks; ++rank) {
+    // Until the group serves, only exits count: compilation and first touch are slow and nobody's fault.
+    state_->silence_ns[rank] = state_->stall_ns[rank] = static_cast<u64>(1) << 62;
+  }
+  wire_ = std::make_unique<Wire>(*fabric_);
+  context_.shape = config_.shape;
+  context_.at = partition_layout(config_.shape);
+  context_.rank = config_.rank;
+  context_.dtype = config_.dtype;
+  context_.packed = config_.packed;
+  context_.renormalize = config_.renormalize;
+  context_.expert_rank = config_.expert_rank;
+  context_.expert_local = config_.expert_local;
+  context_.num_local_experts = config_.num_local_experts;
+  context_.state = state_.get();
+  context_.fabric = fabric_.get();
+  context_.wire = wire_.get();
+  context_.next_round = config_.first_round;
+
+  PulseOptions options;
+  options.agreement.rank = config_.rank;
+  options.agreement.num_ranks = config_.shape.num_ranks;
+  options.agreement.settle_ns = config_.settle_ms * kNsPerMs;
+  options.agreement.timeout_ns = config_.agreement_timeout_ms * kNsPerMs;
+  options.beat_ns = config_.beat_ms * kNsPerMs;
+  options.link_ns = config_.link_ms * kNsPerMs;
+  options.between_processes = fabric_->between_processes();
+#if defined(FA2A_TEST_HOOKS) && FA2A_TEST_HOOKS
+  wire_->faults.rank = config_.rank;
+  options.unreadable = &wire_->faults.cut;
+#endif
+  std::vector<ControlPage*> pages;
+  for (i32 rank = 0; rank < config_.shape.num_ranks; ++rank) pages.push_back(&fabric_->page(rank));
+  pulse_ = std::make_unique<Pulse>(std::move(pages), *state_, options, first);
+  pulse_->start();
+}
+
+void Endpoint::serve() {
+  if (shared_ != nullptr) shared_->forget_names();
+  for (i32 rank = 0; rank < kMaxRanks; ++rank) {
+    store_relaxed(&state_->silence_ns[rank], static_cast<u64>(config_.silence_ms * kNsPerMs));
+    store_relaxed(&state_->stall_ns[rank], static_cast<u64>(config_.stall_ms * kNsPerMs));
+  }
+  update_tick();
+  __atomic_store_n(&fabric_->page(config_.rank).life, static_cast<u32>(Life::running), __ATOMIC_RELEASE);
+}
+
+void Endpoint::set_timeouts(i32 rank, i64 silence_ms, i64 stall_ms) {
+  if (silence_ms > 0) store_relaxed(&state_->silence_ns[rank], static_cast<u64>(silence_ms * kNsPerMs));
+  if (stall_ms > 0) store_relaxed(&state_->stall_ns[rank], static_cast<u64>(stall_ms * kNsPerMs));
+  update_tick();
+}
+
+// Several ticks fit into the shortest stall timeout that I know of; a peer's own table may be shorter, so there is a
+// ceiling.
+void Endpoint::update_tick() {
+  i64 shortest = 400 * kNsPerMs;
+  for (i32 rank = 0; rank < config_.shape.num_ranks; ++rank)
+    shortest = std::min(shortest, static_cast<i64>(load_relaxed(&state_->stall_ns[rank])));
+  context_.tick_ns = std::max(shortest / 8, kNsPerMs);
+}
+
+DispatchResult Endpoint::dispatch(const DispatchArgs& args) {
+  std::lock_guard<std::mutex> lock(calls_);
+  DispatchResult result;
+  result.status = closed_ ? Status::closed : released_status(*state_);
+  if (result.status == Status::evicted || result.status == Status::closed) return result;
+#if defined(FA2A_TEST_HOOKS) && FA2A_TEST_HOOKS
+  try {
+    return fa2a::dispatch(context_, args);
+  } catch (const Crashed&) {
+    crash();
+    result.status = Status::closed;
+    return result;
+  }
+#else
+  return fa2a::dispatch(context_, args);
+#endif
+}
+
+CombineResult Endpoint::combine(const CombineArgs& args) {
+  std::lock_guard<std::mutex> lock(calls_);
+  CombineResult result;
+  result.status = closed_ ? Status::closed : released_status(*state_);
+  if (result.status == Status::evicted || result.status == Status::closed) return result;
+#if defined(FA2A_TEST_HOOKS) && FA2A_TEST_HOOKS
+  try {
+    return fa2a::combine(context_, args);
+  } catch (const Crashed&) {
+    crash();
+    result.status = Status::closed;
+    return result;
+  }
+#else
+  return fa2a::combine(context_, args);
+#endif
+}
+
+void Endpoint::crash() {
+  crashed_ = closed_ = true;
+  pulse_->vanish();
+}
+
+i32 Endpoint::open_tokens(u64 round) const {
+  const OpenRound& open = context_.rounds[round % kNumParities];
+  return open.open && open.round == round ? open.num_tokens : -1;
+}
+
+// Never collective. A call in progress ends within one wake-up, because every wait looks at the release word.
+void Endpoint::close() {
+  if (state_) {
+    fetch_or(&state_->release, release_closing);
+    if (fabric_ && pulse_) ring_doorbell(fabric_->page(config_.rank));
+  }
+  std::lock_guard<std::mutex> lock(calls_);
+  if (closed_) return;
+  closed_ = true;
+  if (!pulse_) return;
+  // Peers wait for an answer to every round that was opened.
+  for (OpenRound& open : context_.rounds) {
+    if (!open.open) continue;
+    CombineArgs abandon{};
+    abandon.round = open.round;
+    abandon.abandon = true;
+    fa2a::combine(context_, abandon);
+  }
+  pulse_->leave();
+}
+
+}  // namespace fa2a

@@ -1,0 +1,75 @@
+// One rank put together: its fabric, its words, its pulse and its kernels, in the order in which they may be born and
+// die.
+#pragma once
+
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "kernels/cpu/context.hpp"
+#include "membership/pulse.hpp"
+
+namespace fa2a {
+
+struct EndpointConfig {
+  Shape shape;
+  i32 rank = 0;
+  DType dtype = DType::bfloat16;
+  bool packed = false;
+  bool renormalize = false;
+  std::vector<i32> expert_rank;
+  std::vector<i32> expert_local;
+  i32 num_local_experts = 0;
+  i64 beat_ms = 10, silence_ms = 2000, stall_ms = 30000, link_ms = 5000, settle_ms = 50, agreement_timeout_ms = 10000;
+  u64 first_round = 0;  // tests start just before a field's end
+  u64 first_epoch = 0;
+  bool poison = false;  // fill fresh partitions with NaN
+};
+
+class Endpoint {
+ public:
+  // Virtual ranks share `group`; otherwise `token` names the shared memory of the group.
+  Endpoint(const EndpointConfig& config, std::shared_ptr<LocalGroup> group, const std::string& token);
+  ~Endpoint();
+
+  // Construction happens in steps, with the group's rendezvous between them.
+  void create();      // what this rank owns
+  void open_peers();  // after all have created: map, check, prepare, start the pulse
+  void serve();       // after all have opened: names are forgotten, rounds may begin
+
+  DispatchResult dispatch(const DispatchArgs& args);
+  CombineResult combine(const CombineArgs& args);
+  void close();
+  void set_timeouts(i32 rank, i64 silence_ms, i64 stall_ms);
+  bool crashed() const { return crashed_; }
+  i32 open_tokens(u64 round) const;  // -1: that round is not open
+
+  Pulse& pulse() { return *pulse_; }
+  Context& context() { return context_; }
+  RankState& state() { return *state_; }
+  Fabric& fabric() { return *fabric_; }
+  Wire& wire() { return *wire_; }
+  const EndpointConfig& config() const { return config_; }
+  bool closed() const { return closed_; }
+
+ private:
+  Decision first_decision() const;
+  void crash();
+  void update_tick();
+
+  EndpointConfig config_;
+  std::shared_ptr<LocalGroup> group_;
+  std::string token_;
+  std::unique_ptr<Fabric> fabric_;
+  SharedFabric* shared_ = nullptr;
+  std::unique_ptr<Wire> wire_;
+  std::unique_ptr<RankState> state_;
+  std::unique_ptr<Pulse> pulse_;
+  Context context_;
+  std::mutex calls_;  // one kernel at a time
+  bool closed_ = false;
+  bool crashed_ = false;
+};
+
+}  // namespace fa2a

@@ -1,0 +1,276 @@
+// The Python module: pointers and sizes in, plain tuples and dicts out. No torch header, so one build serves every
+// torch.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "bindings/endpoint.hpp"
+#include "host/clock.hpp"
+#include "transport/local.hpp"
+
+namespace py = pybind11;
+
+namespace fa2a {
+
+void bind_verdict(py::module_& m);
+void bind_protocol(py::module_& m);
+void bind_faults(py::module_& m, py::class_<Endpoint, std::shared_ptr<Endpoint>>& endpoint);
+
+namespace {
+
+template <class T>
+T* pointer(std::uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+std::vector<i32> ranks_of(const RankSet& set, i32 num_ranks) {
+  std::vector<i32> out;
+  for (i32 rank = 0; rank < num_ranks; ++rank)
+    if (set.has(rank)) out.push_back(rank);
+  return out;
+}
+
+py::dict to_dict(const Decision& decision, i32 num_ranks) {
+  py::dict out;
+  out["epoch"] = decision.view.epoch;
+  out["first_round"] = decision.view.first_round;
+  out["active"] = ranks_of(decision.view.active, num_ranks);
+  out["incarnations"] = std::vector<u64>(decision.view.incarnations, decision.view.incarnations + num_ranks);
+  out["partitions"] = std::vector<u16>(decision.view.partitions, decision.view.partitions + num_ranks);
+  out["past_edges"] = std::vector<u32>(decision.past_edges, decision.past_edges + num_ranks);
+  out["reason"] = std::string(decision.reason);
+  return out;
+}
+
+// What an arbiter hands back was written by a peer: every length is checked.
+Decision from_dict(const py::dict& fields, i32 num_ranks) {
+  Decision out;
+  out.view.epoch = fields["epoch"].cast<u64>();
+  out.view.first_round = fields["first_round"].cast<u64>();
+  for (i32 rank : fields["active"].cast<std::vector<i32>>()) {
+    if (rank < 0 || rank >= num_ranks) throw py::value_error("decision names rank " + std::to_string(rank));
+    out.view.active.add(rank);
+  }
+  const auto incarnations = fields["incarnations"].cast<std::vector<u64>>();
+  const auto partitions = fields["partitions"].cast<std::vector<u16>>();
+  const auto past_edges = fields["past_edges"].cast<std::vector<u32>>();
+  const auto n = static_cast<size_t>(num_ranks);
+  if (incarnations.size() != n || partitions.size() != n || past_edges.size() != n)
+    throw py::value_error("decision was made for another number of ranks");
+  std::copy(incarnations.begin(), incarnations.end(), out.view.incarnations);
+  std::copy(partitions.begin(), partitions.end(), out.view.partitions);
+  std::copy(past_edges.begin(), past_edges.end(), out.past_edges);
+  const std::string reason = fields["reason"].cast<std::string>();
+  reason.copy(out.reason, sizeof out.reason - 1);
+  return out;
+}
+
+Shape shape_of(const py::dict& fields) {
+  Shape shape;
+  shape.num_ranks = fields["num_ranks"].cast<i32>();
+  shape.num_experts = fields["num_experts"].cast<i32>();
+  shape.num_topk = fields["num_topk"].cast<i32>();
+  shape.num_max_tokens = fields["num_max_tokens_per_rank"].cast<i32>();
+  shape.max_local_experts = fields["max_local_experts"].cast<i32>();
+  shape.hidden_bytes = fields["hidden_bytes"].cast<i32>();
+  shape.num_spare_partitions = fields["num_spare_partitions"].cast<i32>();
+  shape.reduce_at_expert = fields["reduce_at_expert"].cast<i32>();
+  return shape;
+}
+
+EndpointConfig config_of(const py::dict& fields) {
+  EndpointConfig config;
+  config.shape = shape_of(fields);
+  config.rank = fields["rank"].cast<i32>();
+  config.dtype = fields["float32"].cast<bool>() ? DType::float32 : DType::bfloat16;
+  config.packed = fields["packed"].cast<bool>();
+  config.renormalize = fields["renormalize"].cast<bool>();
+  config.expert_rank = fields["expert_rank"].cast<std::vector<i32>>();
+  config.expert_local = fields["expert_local"].cast<std::vector<i32>>();
+  config.num_local_experts = fields["num_local_experts"].cast<i32>();
+  config.beat_ms = fields["beat_ms"].cast<i64>();
+  config.silence_ms = fields["silence_ms"].cast<i64>();
+  config.stall_ms = fields["stall_ms"].cast<i64>();
+  config.link_ms = fields["link_ms"].cast<i64>();
+  config.settle_ms = fields["settle_ms"].cast<i64>();
+  config.agreement_timeout_ms = fields["agreement_timeout_ms"].cast<i64>();
+  if (fields.contains("first_round")) config.first_round = fields["first_round"].cast<u64>();
+  if (fields.contains("first_epoch")) config.first_epoch = fields["first_epoch"].cast<u64>();
+  if (fields.contains("poison")) config.poison = fields["poison"].cast<bool>();
+  return config;
+}
+
+const char* name_of(Status status) {
+  switch (status) {
+    case Status::ok:
+      return "ok";
+    case Status::bad_expert:
+      return "bad_expert";
+    case Status::repeated_expert:
+      return "repeated_expert";
+    case Status::third_round:
+      return "third_round";
+    case Status::bad_handle:
+      return "bad_handle";
+    case Status::evicted:
+      return "evicted";
+    case Status::closed:
+      return "closed";
+    case Status::quorum_lost:
+      return "quorum_lost";
+  }
+  return "?";
+}
+
+const char* name_of(Evidence kind) {
+  switch (kind) {
+    case Evidence::none:
+      return "none";
+    case Evidence::exit:
+      return "exit";
+    case Evidence::left:
+      return "left";
+    case Evidence::silence:
+      return "silence";
+    case Evidence::stall:
+      return "stall";
+    case Evidence::link:
+      return "link";
+  }
+  return "?";
+}
+
+py::tuple call_dispatch(Endpoint& endpoint, std::uintptr_t x, std::uintptr_t topk_idx, bool idx_is_64_bit,
+                        std::uintptr_t topk_weights, i32 num_tokens, std::uintptr_t recv_x, std::uintptr_t counts,
+                        std::uintptr_t offsets) {
+  const DispatchArgs args{
+      pointer<const u8>(x), pointer<const void>(topk_idx), idx_is_64_bit,        pointer<const float>(topk_weights),
+      num_tokens,           pointer<u8>(recv_x),           pointer<i32>(counts), pointer<i32>(offsets)};
+  DispatchResult result;
+  {
+    py::gil_scoped_release release;
+    result = endpoint.dispatch(args);
+  }
+  return py::make_tuple(name_of(result.status), result.round, result.num_received, result.token, result.choice,
+                        result.value);
+}
+
+py::tuple call_combine(Endpoint& endpoint, std::uintptr_t y, u64 round, std::uintptr_t out, std::uintptr_t codes,
+                       std::uintptr_t lost, bool abandon) {
+  const CombineArgs args{pointer<const u8>(y), round, pointer<u8>(out), pointer<u8>(codes), pointer<u8>(lost), abandon};
+  CombineResult result;
+  {
+    py::gil_scoped_release release;
+    result = endpoint.combine(args);
+  }
+  return py::make_tuple(name_of(result.status), result.num_lost);
+}
+
+// (row of recv.x, local expert, src_rank, src token, choice) of every row that a round received.
+std::vector<std::array<i32, 5>> sources(Endpoint& endpoint, u64 round) {
+  std::vector<std::array<i32, 5>> out;
+  const OpenRound& open = endpoint.context().rounds[round % kNumParities];
+  if (!open.open || open.round != round) return out;
+  for (const Received& row : open.received)
+    if (open.taken.has(row.src_rank))
+      out.push_back({row.position, row.local_expert, row.src_rank, row.src_token, row.choice});
+  return out;
+}
+
+py::dict stats(Endpoint& endpoint) {
+  py::dict out;
+  out["num_rounds"] = endpoint.context().stats.num_rounds;
+  out["num_rejected"] = endpoint.context().stats.num_rejected;
+  out["num_rechecks"] = endpoint.context().stats.num_rechecks;
+  out["next_round"] = endpoint.context().next_round;
+  return out;
+}
+
+void bind_endpoint(py::module_& m) {
+  py::class_<LocalGroup, std::shared_ptr<LocalGroup>>(m, "LocalGroup").def(py::init([](const py::dict& shape) {
+    return std::make_shared<LocalGroup>(shape_of(shape));
+  }));
+  py::class_<Endpoint, std::shared_ptr<Endpoint>> endpoint(m, "Endpoint");
+  endpoint
+      .def(py::init([](const py::dict& config, std::shared_ptr<LocalGroup> group, const std::string& token) {
+             return std::make_shared<Endpoint>(config_of(config), std::move(group), token);
+           }),
+           py::arg("config"), py::arg("group") = nullptr, py::arg("token") = "")
+      .def("create", &Endpoint::create, py::call_guard<py::gil_scoped_release>())
+      .def("open_peers", &Endpoint::open_peers, py::call_guard<py::gil_scoped_release>())
+      .def("serve", &Endpoint::serve)
+      .def("dispatch", &call_dispatch)
+      .def("combine", &call_combine)
+      .def("sources", &sources)
+      .def("stats", &stats)
+      .def("open_tokens", &Endpoint::open_tokens)
+      .def("close", &Endpoint::close, py::call_guard<py::gil_scoped_release>())
+      .def("crashed", &Endpoint::crashed)
+      .def("set_timeouts", &Endpoint::set_timeouts)
+      .def("current", [](Endpoint& e) { return to_dict(e.pulse().current(), e.config().shape.num_ranks); })
+      .def("views",
+           [](Endpoint& e) {
+             py::list out;
+             for (const ViewRecord& record : e.pulse().views())
+               out.append(py::make_tuple(to_dict(record.decision, e.config().shape.num_ranks), record.installed_at_ns));
+             return out;
+           })
+      .def("evidence",
+           [](Endpoint& e) {
+             py::list out;
+             for (const EvidenceRecord& record : e.pulse().evidence())
+               out.append(py::make_tuple(record.rank, name_of(record.kind), record.at_ns));
+             return out;
+           })
+      .def("suspects", [](Endpoint& e) { return ranks_of(suspects_of(e.state()), e.config().shape.num_ranks); })
+      .def("fault_at_ns", [](Endpoint& e, i32 rank) { return load_acquire(&e.fabric().page(rank).fault_at_ns); })
+      .def("next_proposal",
+           [](Endpoint& e, i64 timeout_ms) -> py::object {
+             std::optional<Decision> proposal;
+             {
+               py::gil_scoped_release release;
+               proposal = e.pulse().next_proposal(timeout_ms * kNsPerMs);
+             }
+             if (!proposal) return py::none();
+             return to_dict(*proposal, e.config().shape.num_ranks);
+           })
+      .def("learn",
+           [](Endpoint& e, const py::dict& decision) {
+             const Decision learned = from_dict(decision, e.config().shape.num_ranks);
+             py::gil_scoped_release release;
+             e.pulse().learn(learned);
+           })
+      .def("proposal_failed", [](Endpoint& e) { e.pulse().proposal_failed(); });
+  bind_faults(m, endpoint);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(FA2A_MODULE_NAME, m) {
+  m.doc() = "fault_a2a's native core";
+  m.def("now_ns", &now_ns);
+  bind_protocol(m);
+  bind_verdict(m);
+  bind_endpoint(m);
+  m.def("window_layout", [](const py::dict& fields) {
+    const Shape shape = shape_of(fields);
+    const PartitionLayout at = partition_layout(shape);
+    py::dict out;
+    out["partition_bytes"] = at.num_bytes;
+    out["num_partitions"] = num_partitions(shape);
+    out["window_bytes"] = window_bytes(shape);
+    out["control_page_bytes"] = control_page_bytes();
+    out["row_stride"] = at.row_stride;
+    out["header_stride"] = at.header_stride;
+    out["num_dispatch_rows"] = at.num_dispatch_rows;
+    out["num_combine_rows"] = at.num_combine_rows;
+    out["max_choices"] = at.max_choices;
+    out["dispatch_signal"] = std::vector<u64>(at.dispatch_signal, at.dispatch_signal + kNumParities);
+    out["combine_signal"] = std::vector<u64>(at.combine_signal, at.combine_signal + kNumParities);
+    out["row_headers"] = std::vector<u64>(at.row_headers, at.row_headers + kNumParities);
+    out["dispatch_rows"] = std::vector<u64>(at.dispatch_rows, at.dispatch_rows + kNumParities);
+    out["combine_rows"] = std::vector<u64>(at.combine_rows, at.combine_rows + kNumParities);
+    return out;
+  });
+}
+
+}  // namespace fa2a

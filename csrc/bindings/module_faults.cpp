@@ -1,0 +1,67 @@
+// The test build's faults and guard switches. In a production build there is nothing here to bind.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "bindings/endpoint.hpp"
+
+namespace py = pybind11;
+
+namespace fa2a {
+
+#if defined(FA2A_TEST_HOOKS) && FA2A_TEST_HOOKS
+
+namespace {
+
+Action action_of(const std::string& name) {
+  if (name == "kill") return Action::kill;
+  if (name == "stop") return Action::stop;
+  if (name == "sleep_us") return Action::sleep;
+  if (name == "crash") return Action::crash;
+  throw py::value_error("action must be kill, stop, sleep_us or crash, not " + name);
+}
+
+void arm(Endpoint& endpoint, u32 point, u64 round, const std::string& action, i64 value) {
+  if (point >= static_cast<u32>(Point::count)) throw py::value_error("point is no index into phases()");
+  for (Armed& slot : endpoint.wire().faults.armed) {
+    if (slot.action != Action::none) continue;
+    slot = {static_cast<Point>(point), round, action_of(action), value};
+    return;
+  }
+  throw py::value_error("at most " + std::to_string(Faults::kNumArmed) + " faults can be armed on a rank at once");
+}
+
+void set_faults(Endpoint& endpoint, const py::dict& fields) {
+  Faults& faults = endpoint.wire().faults;
+  auto ranks = [&](const char* key, RankSet& set) {
+    if (!fields.contains(key)) return;
+    set = RankSet();
+    for (i32 rank : fields[key].cast<std::vector<i32>>()) set.add(rank);
+  };
+  ranks("cut", faults.cut);
+  ranks("drop_signals", faults.drop_signals);
+  if (fields.contains("seed")) faults.seed = fields["seed"].cast<u64>();
+  if (fields.contains("slow_row_ns")) faults.slow_row_ns = fields["slow_row_ns"].cast<i64>();
+  if (fields.contains("late_signal_ns")) faults.late_signal_ns = fields["late_signal_ns"].cast<i64>();
+  if (fields.contains("ignore_consent")) faults.ignore_consent = fields["ignore_consent"].cast<bool>();
+  if (fields.contains("lies")) faults.lies = fields["lies"].cast<u32>();
+  if (fields.contains("lies_from_round")) faults.lies_from_round = fields["lies_from_round"].cast<u64>();
+}
+
+}  // namespace
+
+void bind_faults(py::module_& m, py::class_<Endpoint, std::shared_ptr<Endpoint>>& endpoint) {
+  m.attr("has_hooks") = true;
+  m.def("set_guards_off", [](u64 bits) { guards_off = bits; });
+  endpoint.def("arm", &arm)
+      .def("set_faults", &set_faults)
+      .def("num_faults", [](Endpoint& e) { return e.wire().faults.num_faults.load(); })
+      .def("crash", [](Endpoint& e) { e.pulse().vanish(); }, py::call_guard<py::gil_scoped_release>());
+}
+
+#else
+
+void bind_faults(py::module_& m, py::class_<Endpoint, std::shared_ptr<Endpoint>>&) { m.attr("has_hooks") = false; }
+
+#endif
+
+}  // namespace fa2a

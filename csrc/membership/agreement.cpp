@@ -1,0 +1,184 @@
+// The steps of a view change on one rank. docs/membership.md tells the whole story in order.
+#include "membership/agreement.hpp"
+
+#include <string.h>
+
+#include "membership/verdict.hpp"
+
+namespace fa2a {
+
+Agreement::Agreement(const AgreementOptions& options, const Decision& first)
+    : options_(options),
+      current_(first),
+      first_seen_ns_(static_cast<size_t>(options.num_ranks) * static_cast<size_t>(options.num_ranks), 0) {}
+
+void Agreement::learn(const Decision& decision) {
+  if (decision.view.epoch != current_.view.epoch + 1) return;
+  has_learned_ = true;
+  learned_ = decision;
+}
+
+void Agreement::installed(const Decision& decision) {
+  current_ = decision;
+  has_learned_ = proposed_ = false;
+  changing_since_ns_ = ready_since_ns_ = 0;
+  first_seen_ns_.assign(first_seen_ns_.size(), 0);
+}
+
+// Edges count once they are `settle` old by this rank's own clock, so that everybody who suffers from the same rank has
+// had time to say so. Only words of the current epoch are accusations.
+Agreement::Edges Agreement::read_edges(const std::vector<MemberReport>& reports, i64 now_ns) {
+  Edges edges;
+  const i32 n = options_.num_ranks;
+  edges.accused_by.resize(static_cast<size_t>(n));
+  for (i32 accuser = 0; accuser < n; ++accuser) {
+    const u64* row = reports[static_cast<size_t>(accuser)].accusations;
+    if (row == nullptr || !current_.view.active.has(accuser)) continue;
+    for (i32 accused = 0; accused < n; ++accused) {
+      i64& first_seen =
+          first_seen_ns_[static_cast<size_t>(accuser) * static_cast<size_t>(n) + static_cast<size_t>(accused)];
+      const u64 word = load_acquire(row + accused);
+      const bool live = accused != accuser && current_.view.active.has(accused) &&
+                        accusation_field::Kind::unpack(word) != 0 &&
+                        accusation_field::Epoch::unpack(word) == current_.view.epoch;
+      if (!live) {
+        first_seen = 0;
+        continue;
+      }
+      if (first_seen == 0) first_seen = now_ns;
+      if (now_ns - first_seen < options_.settle_ns) {
+        edges.any_unsettled = true;
+        continue;
+      }
+      edges.accused_by[static_cast<size_t>(accuser)].add(accused);
+      edges.any_settled = true;
+    }
+  }
+  return edges;
+}
+
+// A promise of anybody starts mine: it costs a pause at the gate, and every member's is needed.
+bool Agreement::should_change(const std::vector<MemberReport>& reports, const Edges& edges,
+                              const RankSet& proven) const {
+  if (edges.any_settled || !(proven & current_.view.active).empty()) return true;
+  for (i32 rank = 0; rank < options_.num_ranks; ++rank) {
+    const MemberReport& report = reports[static_cast<size_t>(rank)];
+    if (!current_.view.active.has(rank)) continue;
+    // Kernels hold at the gate for as long as a suspicion stands, and only a view lifts it: even one that proved false
+    // needs a decision, with the same members.
+    if (report.accused || has_promised(report)) return true;
+  }
+  return false;
+}
+
+// Members spread a decision over their control pages, so that only the proposer ever talks to the arbiter.
+bool Agreement::adopt_from_peers(const std::vector<MemberReport>& reports, AgreementStep& out) {
+  for (i32 rank = 0; rank < options_.num_ranks; ++rank) {
+    const Decision* decision = reports[static_cast<size_t>(rank)].decision;
+    if (decision == nullptr || rank == options_.rank || decision->view.epoch <= current_.view.epoch) continue;
+    // A member's promise is part of every decision that keeps it, so a rank that missed one is not a member.
+    if (!decision->view.active.has(options_.rank)) {
+      out.evicted = true;
+      out.decision = *decision;
+      return true;
+    }
+    learn(*decision);
+  }
+  return false;
+}
+
+Decision Agreement::make_proposal(const std::vector<MemberReport>& reports, const Edges& edges, const RankSet& next,
+                                  const std::string& reason) const {
+  Decision proposal = current_;
+  proposal.view.epoch = current_.view.epoch + 1;
+  proposal.view.active = next;
+  for (i32 rank = 0; rank < options_.num_ranks; ++rank) {
+    const MemberReport& report = reports[static_cast<size_t>(rank)];
+    // After everything that any kept member may have started. Taking one rank's own word for it would let a peer that
+    // is ahead run the same round under the old view.
+    const bool counts = rank == options_.rank || guarded(guard_promise);
+    if (next.has(rank) && counts && has_promised(report) && promised_round(report.promise) > proposal.view.first_round)
+      proposal.view.first_round = promised_round(report.promise);
+    for (i32 accused = 0; accused < options_.num_ranks; ++accused) {
+      if (!edges.accused_by[static_cast<size_t>(rank)].has(accused)) continue;
+      ++proposal.past_edges[rank];
+      ++proposal.past_edges[accused];
+    }
+  }
+  memset(proposal.reason, 0, sizeof proposal.reason);
+  strncpy(proposal.reason, reason.c_str(), sizeof proposal.reason - 1);
+  return proposal;
+}
+
+void Agreement::consider(const std::vector<MemberReport>& reports, const Edges& edges, const RankSet& proven,
+                         i64 now_ns, AgreementStep& out) {
+  VerdictInput input;
+  input.num_ranks = options_.num_ranks;
+  input.members = current_.view.active;
+  input.proven_dead = proven;
+  input.accused_by = edges.accused_by.data();
+  input.past_edges = current_.past_edges;
+  const Verdict verdict = fa2a::verdict(input);
+
+  bool all_promised = true;
+  i32 place = 0, num_promised = 0;
+  for (i32 rank = 0; rank < options_.num_ranks; ++rank) {
+    if (!verdict.next.has(rank)) continue;
+    if (rank < options_.rank) ++place;
+    if (has_promised(reports[static_cast<size_t>(rank)])) {
+      ++num_promised;
+    } else {
+      all_promised = false;
+      out.waits_for.add(rank);
+    }
+  }
+  // A quorum of promises is not enough: a member that has not promised may be starting the round that the others call
+  // the next view's first.
+  if (!guarded(guard_all_promised)) all_promised = 2 * num_promised > verdict.next.size();
+
+  const RankSet alive = current_.view.active.without(proven);
+  const i32 twice = 2 * verdict.next.size();
+  const bool quorum = twice > alive.size() || (twice == alive.size() && verdict.next.has(alive.lowest()));
+  const bool mine = verdict.next.has(options_.rank);
+  // Something is being claimed that is not settled: with nothing proven, wait until it is or until it is withdrawn.
+  const bool premature = edges.any_unsettled && !edges.any_settled && proven.empty();
+  if (!all_promised || !quorum || !mine || premature) {
+    ready_since_ns_ = 0;
+    return;
+  }
+  if (ready_since_ns_ == 0) ready_since_ns_ = now_ns;
+  if (proposed_ || now_ns - ready_since_ns_ < place * options_.stagger_ns) return;
+  proposed_ = true;
+  out.propose = true;
+  out.proposal = make_proposal(reports, edges, verdict.next, verdict.reason);
+}
+
+AgreementStep Agreement::step(const std::vector<MemberReport>& reports, i64 now_ns) {
+  AgreementStep out;
+  if (adopt_from_peers(reports, out)) return out;
+  if (has_learned_) {
+    if (learned_.view.active.has(options_.rank)) {
+      out.decided = true;
+    } else {
+      out.evicted = true;
+    }
+    out.decision = learned_;
+    return out;
+  }
+  RankSet proven;
+  for (i32 rank = 0; rank < options_.num_ranks; ++rank)
+    if (reports[static_cast<size_t>(rank)].proven_dead && current_.view.active.has(rank)) proven.add(rank);
+  const Edges edges = read_edges(reports, now_ns);
+  const bool promised = promise_.epoch_plus_one == current_.view.epoch + 1;
+  if (!promised && !should_change(reports, edges, proven)) return out;
+  if (changing_since_ns_ == 0) changing_since_ns_ = now_ns;
+  if (!promised) {
+    out.promise = true;
+    return out;
+  }
+  consider(reports, edges, proven, now_ns, out);
+  out.quorum_lost = now_ns - changing_since_ns_ > options_.timeout_ns;
+  return out;
+}
+
+}  // namespace fa2a

@@ -1,0 +1,314 @@
+// One turn of the pulse: beat, look at every member, publish what was found, agree, rest until something moves.
+#include "membership/pulse.hpp"
+
+#include <algorithm>
+
+#include "host/clock.hpp"
+#include "host/doorbell.hpp"
+#include "protocol/memory.hpp"
+
+namespace fa2a {
+
+namespace {
+
+// A record with one writer that peers may read at any time: odd while it is written. Word by word, so that a reader who
+// comes in between reads old and new words, sees that the count moved, and reads again.
+template <class Record>
+void publish_record(u64& seq, Record& shared, const Record& record) {
+  static_assert(sizeof(Record) % sizeof(u64) == 0, "copied in words");
+  store_release(&seq, load_relaxed(&seq) + 1);
+  full_fence();
+  auto* to = reinterpret_cast<u64*>(&shared);
+  const auto* from = reinterpret_cast<const u64*>(&record);
+  for (size_t i = 0; i < sizeof(Record) / sizeof(u64); ++i) store_relaxed(to + i, from[i]);
+  store_release(&seq, load_relaxed(&seq) + 1);
+}
+
+// False: it moved under us every time; the caller keeps what it had and looks again next turn.
+template <class Record>
+bool read_record(const u64& seq, const Record& shared, Record& out, u64& seen) {
+  for (i32 attempt = 0; attempt < 4; ++attempt) {
+    const u64 before = load_acquire(&seq);
+    if (before % 2 != 0) continue;
+    const auto* from = reinterpret_cast<const u64*>(&shared);
+    auto* to = reinterpret_cast<u64*>(&out);
+    for (size_t i = 0; i < sizeof(Record) / sizeof(u64); ++i) to[i] = load_relaxed(from + i);
+    full_fence();
+    if (load_acquire(&seq) != before) continue;
+    seen = before;
+    return true;
+  }
+  return false;
+}
+
+}  // namespace
+
+Pulse::Pulse(std::vector<ControlPage*> pages, RankState& state, const PulseOptions& options, const Decision& first)
+    : pages_(std::move(pages)),
+      state_(state),
+      options_(options),
+      detector_(options.agreement.num_ranks),
+      reports_(pages_.size()),
+      peer_decisions_(pages_.size()),
+      peer_decision_seqs_(pages_.size(), 0),
+      agreement_(options.agreement, first) {
+  views_.push_back({first, now_ns()});
+  publish(first);
+  if (!options_.between_processes) return;
+  for (const ControlPage* page : pages_) watches_.emplace_back(static_cast<i32>(page->pid));
+}
+
+Pulse::~Pulse() { leave(); }
+
+void Pulse::start() {
+  thread_ = std::thread([this] { run(); });
+}
+
+void Pulse::leave() {
+  if (!thread_.joinable()) return;
+  ending_.store(true);
+  ring_pulse(own());
+  thread_.join();
+  changed_.notify_all();
+}
+
+void Pulse::vanish() {
+  vanishing_.store(true);
+  leave();
+}
+
+// noexcept, all signals blocked, no way out but `ending_`: the death word says that this *thread* is gone, and peers
+// take that for the process.
+void Pulse::run() noexcept {
+  block_all_signals();
+  name_thread("fa2a-pulse");
+  prefer_low_latency();
+  death_word_.hold(&own().death_word);
+  while (!ending_.load()) {
+    heard_ = __atomic_load_n(&own().pulse_bell, __ATOMIC_SEQ_CST);
+    const i64 now = now_ns();
+    if (guarded(guard_beat)) store_release(&own().process_beat, static_cast<u64>(now));
+    look(now);
+    agree(now);
+    if (poke_) poke_peers();
+    rest(now_ns());
+  }
+  if (vanishing_.load()) return;
+  __atomic_store_n(&own().life, static_cast<u32>(Life::left), __ATOMIC_SEQ_CST);
+  death_word_.let_go();
+  poke_peers();
+}
+
+void Pulse::look(i64 now) {
+  detector_.look(now);
+  for (i32 rank = 0; rank < options_.agreement.num_ranks; ++rank) {
+    if (rank == options_.agreement.rank || proven_dead_.has(rank)) continue;
+    if (!newest_view(state_.ring).active.has(rank)) continue;
+    accuse(rank, look_at(rank), now);
+  }
+}
+
+Evidence Pulse::look_at(i32 rank) {
+  const ControlPage& page = *pages_[static_cast<size_t>(rank)];
+  PeerSample sample;
+  sample.life = static_cast<Life>(__atomic_load_n(&page.life, __ATOMIC_ACQUIRE));
+  sample.owner_died = owner_died(&page.death_word);
+  sample.has_exited = options_.between_processes && watches_[static_cast<size_t>(rank)].has_exited();
+  sample.readable = readable(rank);
+  sample.process_beat = load_acquire(&page.process_beat);
+  sample.progress = load_acquire(&page.progress);
+  sample.dispatches_signalled = load_acquire(&page.dispatches_signalled);
+  for (u32 p = 0; p < kNumParities; ++p) sample.combines_signalled[p] = load_acquire(&page.combines_signalled[p]);
+  // The leave is published first and the word let go after; seen in the other order, the leave must be looked at again.
+  if (sample.owner_died || sample.has_exited)
+    sample.life = static_cast<Life>(__atomic_load_n(&page.life, __ATOMIC_SEQ_CST));
+
+  OwnWait wait;
+  wait.since_ns = static_cast<i64>(load_relaxed(&state_.waiting_since_ns[rank]));
+  if (wait.since_ns == 0 && awaited_promises_.has(rank)) wait.since_ns = awaited_since_ns_;
+  const u64 waiting = load_relaxed(&state_.waiting_progress);
+  wait.round = progress_field::Round::unpack(waiting);
+  wait.phase = static_cast<Phase>(progress_field::Phase::unpack(waiting));
+  wait.kernel_suspects = is_suspect(state_, rank) && !marked_.has(rank);
+  const Timeouts timeouts{static_cast<i64>(load_relaxed(&state_.silence_ns[rank])), options_.link_ns};
+  return detector_.judge(rank, sample, wait, timeouts);
+}
+
+void Pulse::accuse(i32 rank, Evidence kind, i64 now) {
+  u64& word = own().accusations[rank];
+  const u64 epoch = newest_view(state_.ring).epoch;
+  const u64 value = kind == Evidence::none ? 0 : pack_accusation(epoch, kind);
+  if (is_suspect(state_, rank)) marked_.add(rank);
+  if (load_relaxed(&word) == value) return;
+  const bool new_evidence =
+      kind != Evidence::none && accusation_field::Kind::unpack(load_relaxed(&word)) != static_cast<u64>(kind);
+  store_release(&word, value);
+  poke_ = true;
+  if (kind == Evidence::none) return;
+  if (kind == Evidence::exit || kind == Evidence::left) proven_dead_.add(rank);
+  marked_.add(rank);
+  suspect(state_, rank);
+  ring_doorbell(own());
+  // The kernel woke one sleeper on the death word; the others sleep until somebody wakes them too.
+  if (kind == Evidence::exit) futex_wake(&pages_[static_cast<size_t>(rank)]->death_word, 0x7fffffff);
+  if (!new_evidence) return;
+  std::lock_guard<std::mutex> lock(mutex_);
+  evidence_.push_back({rank, kind, now});
+}
+
+bool Pulse::read_decision(i32 rank) {
+  const ControlPage& page = *pages_[static_cast<size_t>(rank)];
+  u64& seen = peer_decision_seqs_[static_cast<size_t>(rank)];
+  if (load_acquire(&page.decision_seq) != seen)
+    read_record(page.decision_seq, page.decision, peer_decisions_[static_cast<size_t>(rank)], seen);
+  return seen != 0;
+}
+
+Promise Pulse::read_promise(i32 rank) const {
+  const ControlPage& page = *pages_[static_cast<size_t>(rank)];
+  Promise promise, none;
+  u64 seen = 0;
+  return read_record(page.promise_seq, page.promise, promise, seen) ? promise : none;
+}
+
+void Pulse::agree(i64 now) {
+  for (i32 rank = 0; rank < options_.agreement.num_ranks; ++rank) {
+    MemberReport& report = reports_[static_cast<size_t>(rank)];
+    report = MemberReport();
+    report.proven_dead = proven_dead_.has(rank);
+    if (rank != options_.agreement.rank && !readable(rank)) {
+      report.accused = is_suspect(state_, rank);
+      continue;
+    }
+    report.accused = is_suspect(state_, rank);
+    report.promise = read_promise(rank);
+    report.accusations = pages_[static_cast<size_t>(rank)]->accusations;
+    if (read_decision(rank)) report.decision = &peer_decisions_[static_cast<size_t>(rank)];
+  }
+  std::lock_guard<std::mutex> lock(mutex_);
+  AgreementStep step = agreement_.step(reports_, now);
+  apply(step, now);
+}
+
+void Pulse::apply(AgreementStep& step, i64 now) {
+  if (step.promise) {
+    const View& view = agreement_.current().view;
+    const Promise promise = give_promise(state_, view.epoch, view.first_round);
+    agreement_.promised(promise);
+    publish_record(own().promise_seq, own().promise, promise);
+    poke_ = true;
+    ring_pulse(own());  // look again at once: mine may have been the last one missing
+  }
+  if (step.waits_for != awaited_promises_) awaited_since_ns_ = now;
+  awaited_promises_ = step.waits_for;
+  if (step.propose) {
+    proposal_ = step.proposal;
+    changed_.notify_all();
+  }
+  if (step.decided) install(step.decision, now);
+  if (step.evicted) {
+    __atomic_store_n(&own().life, static_cast<u32>(Life::evicted), __ATOMIC_SEQ_CST);
+    if (views_.back().decision.view.epoch != step.decision.view.epoch) views_.push_back({step.decision, now});
+    fetch_or(&state_.release, release_evicted);
+    ring_doorbell(own());
+    changed_.notify_all();
+  }
+  const bool was_lost = (load_acquire(&state_.release) & release_quorum_lost) != 0;
+  if (step.quorum_lost && !was_lost) {
+    fetch_or(&state_.release, release_quorum_lost);
+    ring_doorbell(own());
+  } else if (!step.quorum_lost && was_lost) {
+    fetch_and(&state_.release, ~static_cast<u64>(release_quorum_lost));
+  }
+  changing_.store(agreement_.changing());
+}
+
+// The install may have to wait for this rank's own device (ring_has_room); the promise never does.
+void Pulse::install(const Decision& decision, i64 now) {
+  if (!ring_has_room(state_.ring, load_acquire(&state_.started))) return;
+  install_view(state_, decision.view);
+  publish(decision);
+  for (i32 rank = 0; rank < options_.agreement.num_ranks; ++rank)
+    if (decision.view.active.has(rank)) marked_.remove(rank);
+  agreement_.installed(decision);
+  proposal_.reset();
+  awaited_promises_ = RankSet();
+  views_.push_back({decision, now});
+  ring_doorbell(own());
+  changed_.notify_all();
+}
+
+void Pulse::publish(const Decision& decision) {
+  publish_record(own().decision_seq, own().decision, decision);
+  poke_ = true;
+}
+
+void Pulse::poke_peers() {
+  poke_ = false;
+  for (i32 rank = 0; rank < options_.agreement.num_ranks; ++rank)
+    if (rank != options_.agreement.rank && !proven_dead_.has(rank) && readable(rank))
+      ring_pulse(*pages_[static_cast<size_t>(rank)]);
+}
+
+// Sleeps until the next beat is due, a peer rings, or the kernel marks a death word. Listening to the own bell comes
+// first, before the turn's look around, so that a ring during the turn is not lost.
+void Pulse::rest(i64 now) {
+  const i64 beat_due = static_cast<i64>(load_relaxed(&own().process_beat)) + options_.beat_ns;
+  const i64 timeout_ns = guarded(guard_beat) ? beat_due - now : options_.beat_ns;
+  FutexPair pairs[kMaxFutexPairs];
+  i32 num_pairs = 0;
+  pairs[num_pairs++] = {&own().pulse_bell, heard_};
+  bool all_words = can_wait_on_words_;
+  for (i32 rank = 0; rank < options_.agreement.num_ranks && all_words; ++rank) {
+    if (rank == options_.agreement.rank || proven_dead_.has(rank) || !newest_view(state_.ring).active.has(rank))
+      continue;
+    const u32* word = &pages_[static_cast<size_t>(rank)]->death_word;
+    const u32 value = __atomic_load_n(word, __ATOMIC_ACQUIRE);
+    if ((value & kOwnerDied) != 0) return;
+    if (num_pairs == kMaxFutexPairs)
+      all_words = false;
+    else
+      pairs[num_pairs++] = {word, value};
+  }
+  if (all_words && (can_wait_on_words_ = futex_wait_any(pairs, num_pairs, timeout_ns))) return;
+  // More words than the kernel takes, or no futex_waitv: look every millisecond instead.
+  futex_wait(&own().pulse_bell, heard_, std::min(timeout_ns, kNsPerMs));
+}
+
+std::optional<Decision> Pulse::next_proposal(i64 timeout_ns) {
+  std::unique_lock<std::mutex> lock(mutex_);
+  if (!proposal_) changed_.wait_for(lock, std::chrono::nanoseconds(timeout_ns));
+  std::optional<Decision> out;
+  out.swap(proposal_);
+  return out;
+}
+
+void Pulse::learn(const Decision& decision) {
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    agreement_.learn(decision);
+  }
+  ring_pulse(own());
+}
+
+void Pulse::proposal_failed() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  agreement_.proposal_failed(now_ns());
+}
+
+std::vector<EvidenceRecord> Pulse::evidence() const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return evidence_;
+}
+
+std::vector<ViewRecord> Pulse::views() const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return views_;
+}
+
+Decision Pulse::current() const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return agreement_.current();
+}
+
+}  // namespace fa2a

@@ -1,0 +1,110 @@
+// The pulse: the one native thread of a rank that beats, watches its peers, and carries membership. It never takes the
+// GIL.
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <mutex>
+#include <optional>
+#include <thread>
+#include <vector>
+
+#include "host/death_word.hpp"
+#include "host/process.hpp"
+#include "membership/agreement.hpp"
+#include "membership/detector.hpp"
+#include "protocol/rank_state.hpp"
+
+namespace fa2a {
+
+struct PulseOptions {
+  AgreementOptions agreement;
+  i64 beat_ns = 10 * 1000000;
+  i64 link_ns = 5000ll * 1000000;
+  bool between_processes = true;
+  const RankSet* unreadable = nullptr;  // test build: peers to whom every path is lost
+};
+
+struct EvidenceRecord {
+  i32 rank;
+  Evidence kind;
+  i64 at_ns;
+};
+
+struct ViewRecord {
+  Decision decision;
+  i64 installed_at_ns;
+};
+
+class Pulse {
+ public:
+  Pulse(std::vector<ControlPage*> pages, RankState& state, const PulseOptions& options, const Decision& first);
+  ~Pulse();
+  Pulse(const Pulse&) = delete;
+  Pulse& operator=(const Pulse&) = delete;
+
+  void start();
+  // Publishes `left`, lets the death word go, ends the thread. Bounded: waits for nobody but this thread.
+  void leave();
+  // Test build, virtual ranks: the thread just ends, as if the process had died.
+  void vanish();
+
+  // For the arbiter's caller: blocks until this rank has a proposal, a view changed, or the time is over.
+  std::optional<Decision> next_proposal(i64 timeout_ns);
+  void learn(const Decision& decision);
+  void proposal_failed();
+
+  std::vector<EvidenceRecord> evidence() const;
+  std::vector<ViewRecord> views() const;
+  Decision current() const;
+  bool changing() const { return changing_.load(); }
+
+ private:
+  void run() noexcept;
+  void look(i64 now);
+  Evidence look_at(i32 rank);
+  void accuse(i32 rank, Evidence kind, i64 now);
+  void agree(i64 now);
+  void apply(AgreementStep& step, i64 now);
+  void install(const Decision& decision, i64 now);
+  void publish(const Decision& decision);
+  bool read_decision(i32 rank);
+  Promise read_promise(i32 rank) const;
+  void rest(i64 now);
+  void poke_peers();
+  bool readable(i32 rank) const { return options_.unreadable == nullptr || !options_.unreadable->has(rank); }
+  ControlPage& own() const { return *pages_[static_cast<size_t>(options_.agreement.rank)]; }
+
+  std::vector<ControlPage*> pages_;
+  RankState& state_;
+  PulseOptions options_;
+  Detector detector_;
+  std::vector<ProcessWatch> watches_;
+  DeathWordHolder death_word_;
+  std::thread thread_;
+  std::atomic<bool> ending_{false};
+  std::atomic<bool> vanishing_{false};
+  std::atomic<bool> changing_{false};
+  bool can_wait_on_words_ = true;
+
+  // Only the thread touches these.
+  std::vector<MemberReport> reports_;
+  std::vector<Decision> peer_decisions_;
+  std::vector<u64> peer_decision_seqs_;
+  RankSet marked_;  // suspicions already accounted for
+  RankSet proven_dead_;
+  RankSet awaited_promises_;
+  i64 awaited_since_ns_ = 0;
+  bool poke_ = false;
+  u32 heard_ = 0;  // the bell as it stood before this turn's look around
+
+  mutable std::mutex mutex_;  // what callers and the thread share
+  std::condition_variable changed_;
+  Agreement agreement_;
+  std::optional<Decision> proposal_;
+  std::vector<EvidenceRecord> evidence_;
+  std::vector<ViewRecord> views_;
+  std::optional<Decision> pending_install_;
+};
+
+}  // namespace fa2a
