@@ -1,0 +1,458 @@
+"""The public object: a rank's buffer, with dispatch, combine, and what it knows of its group."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+
+from fault_a2a import ops
+from fault_a2a._core import core
+from fault_a2a.config import Config
+from fault_a2a.errors import ClosedError, ConstructError, FaultA2AError, QuorumLostError, RankEvictedError
+from fault_a2a.group import Group, as_group, host_of_this_process
+from fault_a2a.membership import Evidence, MembershipThread, StoreArbiter, View
+
+_INDEX_DTYPES = (torch.int64, torch.int32)
+
+
+def phases() -> list[str]:
+    """The named points inside a round at which the test build can make a fault happen, in order."""
+    return list(core.phases())
+
+
+@dataclass(frozen=True)
+class Received:
+    """What ``dispatch`` brought to this rank's experts. Valid until its combine is sent.
+
+    Attributes:
+        x: batched ``[num_local_experts, capacity, hidden]``, of which the first ``num_tokens[e]`` rows of expert ``e``
+            are written; packed ``[num_recv, hidden]``. Rows of an expert stand by source rank, then by token.
+        num_tokens: int32 ``[num_local_experts]``.
+        offsets: int32 ``[num_local_experts + 1]``: where each expert's rows begin in the packed format.
+    """
+
+    x: torch.Tensor
+    num_tokens: torch.Tensor
+    offsets: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Handle:
+    """What ``combine`` needs of its ``dispatch``; good for one combine on the same buffer."""
+
+    tensor: torch.Tensor
+    topk_weights: torch.Tensor
+    buffer: Buffer
+
+    def sources(self) -> torch.Tensor:
+        """int32 ``[num_rows, 5]``, one line a received row: (row of ``recv.x`` seen as two-dimensional, local expert,
+        src_rank, token on src_rank, choice of that token). For checks; empty once the round is combined."""
+        _, round_number, _, _ = self.tensor.tolist()
+        rows = self.buffer.core.sources(round_number)
+        return torch.tensor(rows, dtype=torch.int32).reshape(-1, 5)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of each (token, choice).
+
+    Attributes:
+        codes: uint8 ``[num_tokens, num_topk]``: 0 none (``topk_idx`` was -1), 1 delivered, 2 lost in this round,
+            3 unroutable (no active rank holds that expert).
+        lost: bool, zero-dimensional: any choice was lost. Lies on the device: reading it is up to the engine.
+    """
+
+    codes: torch.Tensor
+    lost: torch.Tensor
+
+    @property
+    def delivered(self) -> torch.Tensor:
+        """bool ``[num_tokens, num_topk]``."""
+        return self.codes == 1
+
+
+class Buffer:
+    """One rank's end of the all-to-all.
+
+    Construction is collective and blocks, at most ``config.construct_timeout_ms``. Everything else is per rank.
+    One thread at a time may be inside ``dispatch`` or ``combine``; they release the GIL while they wait.
+
+    Args:
+        group: a ``fault_a2a.Group``, or a ``torch.distributed`` process group.
+        config: the same on every rank.
+
+    Raises:
+        ConstructError: ranks are missing, on another host, or were built with another ``config``.
+    """
+
+    def __init__(self, group: Any, config: Config) -> None:
+        self.group: Group = as_group(group)
+        if not isinstance(config, Config):
+            raise TypeError(f"config is a {type(config).__name__}; give a fault_a2a.Config")
+        self.config = config
+        self.placement = config.placement_for(self.group.num_ranks)
+        self.num_local_experts = self.placement.num_local_experts(self.group.rank)
+        self.capacity = config.capacity(self.group.num_ranks)
+        self._closed = False
+        self._membership: MembershipThread | None = None
+        deadline = time.monotonic() + config.construct_timeout_ms / 1000
+        self.core = self._build_core(deadline)
+        try:
+            self._join(deadline)
+        except BaseException:
+            self.core.close()
+            raise
+
+    # -- construction ------------------------------------------------------------------------------------------------
+
+    @property
+    def recv_shape(self) -> list[int]:
+        """Of ``recv.x`` as the operator returns it; the packed format is cut to the received rows afterwards."""
+        if self.config.recv_format == "batched":
+            return [self.num_local_experts, self.capacity, self.config.hidden]
+        # A row has one place for each of its experts here.
+        return [self.capacity * min(self.config.num_topk, self.num_local_experts), self.config.hidden]
+
+    def _build_core(self, deadline: float) -> Any:
+        config, group = self.config, self.group
+        token = group.meet("start", deadline, self._introduction())
+        hosts = {rank: line.split()[0] for rank, line in enumerate(token)}
+        others = [rank for rank, host in hosts.items() if host != hosts[group.rank]]
+        if others and group.fabric is None:
+            raise ConstructError(
+                f"ranks {others} are on another host or see another /dev/shm than rank {group.rank}; "
+                "this release connects the processes of one host (containers must share /dev/shm)"
+            )
+        fields = core_fields(config, group.num_ranks, group.rank)
+        if group.fabric is not None:
+            return core.Endpoint(fields, group.fabric.of(fields), "")
+        return core.Endpoint(fields, None, token[0].split()[1])
+
+    def _introduction(self) -> str:
+        """Where this process runs, and a token that makes the names of this group's shared memory its own."""
+        return f"{host_of_this_process()} {time.time_ns():x}{core.now_ns() & 0xFFFFFF:x}"
+
+    def _join(self, deadline: float) -> None:
+        try:
+            self.core.create()
+            self.group.meet("created", deadline)
+            self.core.open_peers()
+            self.group.meet("opened", deadline)
+        except RuntimeError as error:
+            if isinstance(error, FaultA2AError):
+                raise
+            raise ConstructError(str(error)) from error
+        self.id = ops.register(self)
+        self._recv_x = [torch.empty(self.recv_shape, dtype=self.config.dtype) for _ in range(2)]
+        self._membership = MembershipThread(self.core, StoreArbiter(self.group))
+        self._warm_up()
+        self.group.meet("warm", deadline)
+        self.core.serve()
+
+    def _warm_up(self) -> None:
+        """One empty round through the whole machine, in which only an exit can end a wait."""
+        empty = torch.empty([0, self.config.num_topk])
+        _, handle = self.dispatch(torch.empty([0, self.config.hidden], dtype=self.config.dtype), empty.long(), empty)
+        self.abandon(handle)
+        if len(self.view.active_ranks) != self.group.num_ranks or self.core.suspects():
+            raise ConstructError(f"ranks {self.core.suspects()} of group '{self.group.name}' died during construction")
+
+    # -- the two verbs -----------------------------------------------------------------------------------------------
+
+    def dispatch(self, x: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> tuple[Received, Handle]:
+        """Sends each token to the ranks that hold its experts, and receives what others sent to mine.
+
+        Every active rank calls it the same number of times, with 0 to ``num_max_tokens_per_rank`` tokens. Blocks until
+        every active rank's rows are here or its loss is certain; dead peers raise nothing. Not collective in the sense
+        that a missing peer could hang it. At most two rounds may be open.
+
+        Args:
+            x: ``[num_tokens, hidden]``, ``config.dtype``, contiguous, CPU.
+            topk_idx: int64 or int32 ``[num_tokens, num_topk]``; -1 for no expert; no expert twice in a row.
+            topk_weights: float32 ``[num_tokens, num_topk]``.
+
+        Raises:
+            ValueError, TypeError: naming the argument, before anything is sent.
+            RuntimeError: a third round would be open.
+            RankEvictedError, QuorumLostError, ClosedError: this rank may not go on.
+        """
+        recv_x, num_tokens, offsets, handle = torch.ops.fault_a2a.dispatch(x, topk_idx, topk_weights, self.id)
+        if self.config.recv_format == "packed" and not torch.compiler.is_compiling():
+            recv_x = recv_x[: int(handle[3])]
+        return Received(recv_x, num_tokens, offsets), Handle(handle, topk_weights, self)
+
+    def combine(self, y: torch.Tensor, handle: Handle) -> tuple[torch.Tensor, Outcome]:
+        """Returns each expert row to its owner and sums what came back for my tokens.
+
+        Blocks as ``dispatch`` does. Sums are float32, in the order of the choices, multiply and add rounded separately.
+
+        Args:
+            y: the experts' output, same shape and dtype as ``recv.x``, contiguous.
+            handle: of the dispatch; good once.
+
+        Returns:
+            ``out`` ``[num_tokens, hidden]`` and the ``Outcome``. ``out`` holds exactly the delivered choices.
+        """
+        if not isinstance(handle, Handle):
+            raise TypeError(f"handle is a {type(handle).__name__}; give the handle that dispatch returned")
+        out, codes, lost = torch.ops.fault_a2a.combine(y, handle.topk_weights, handle.tensor, self.id)
+        return out, Outcome(codes, lost)
+
+    def abandon(self, handle: Handle) -> None:
+        """Closes a round whose experts failed here: peers get nothing for the rows they sent, and are told so.
+
+        Blocks as ``combine`` does. The other ranks and later rounds are not affected.
+        """
+        round_number, _ = self._check_handle(handle.tensor)
+        status, _ = self.core.combine(0, round_number, 0, 0, 0, True)
+        self._raise_for(status)
+
+    def _dispatch(
+        self, x: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        self._check_open()
+        self._check_tokens(x, topk_idx, topk_weights)
+        num_tokens = x.shape[0]
+        # A handle that is not combined yet still owns the rows of its parity; the core refuses a third round below.
+        recv_x = self._recv_x[self.core.stats()["next_round"] % 2].view(self.recv_shape)
+        counts = torch.empty([self.num_local_experts], dtype=torch.int32)
+        offsets = torch.empty([self.num_local_experts + 1], dtype=torch.int32)
+        status, round_number, num_received, token, choice, value = self.core.dispatch(
+            x.data_ptr(),
+            topk_idx.data_ptr(),
+            topk_idx.dtype == torch.int64,
+            topk_weights.data_ptr(),
+            num_tokens,
+            recv_x.data_ptr(),
+            counts.data_ptr(),
+            offsets.data_ptr(),
+        )
+        if status == "bad_expert":
+            raise ValueError(
+                f"topk_idx[{token}, {choice}] is {value}; give an expert from 0 to {self.config.num_experts - 1}, "
+                "or -1 for none"
+            )
+        if status == "repeated_expert":
+            raise ValueError(
+                f"topk_idx[{token}] names expert {value} twice; give each expert once, and -1 for the rest"
+            )
+        self._raise_for(status)
+        handle = torch.tensor([self.id, round_number, num_tokens, num_received], dtype=torch.int64)
+        return recv_x, counts, offsets, handle
+
+    def _combine(
+        self, y: torch.Tensor, topk_weights: torch.Tensor, handle: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        self._check_open()
+        round_number, num_tokens = self._check_handle(handle)
+        self._check_expert_rows(y, int(handle[3]))
+        out = torch.empty([num_tokens, self.config.hidden], dtype=self.config.dtype)
+        codes = torch.empty([num_tokens, self.config.num_topk], dtype=torch.uint8)
+        lost = torch.empty([], dtype=torch.bool)
+        status, _ = self.core.combine(
+            y.data_ptr(), round_number, out.data_ptr(), codes.data_ptr(), lost.data_ptr(), False
+        )
+        self._raise_for(status)
+        return out, codes, lost
+
+    # -- checks: before anything is sent -----------------------------------------------------------------------------
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError("this buffer is closed.")
+
+    def _check_tokens(self, x: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> None:
+        config = self.config
+        _check_tensor("x", x, (config.dtype,), [None, config.hidden])
+        if x.shape[0] > config.num_max_tokens_per_rank:
+            raise ValueError(
+                f"x has {x.shape[0]} tokens; give at most num_max_tokens_per_rank = {config.num_max_tokens_per_rank}, "
+                "or construct the Buffer with a larger one"
+            )
+        shape = [x.shape[0], config.num_topk]
+        _check_tensor("topk_idx", topk_idx, _INDEX_DTYPES, shape)
+        _check_tensor("topk_weights", topk_weights, (torch.float32,), shape)
+
+    def _check_handle(self, handle: torch.Tensor) -> tuple[int, int]:
+        """(round, num_tokens) of an open round of this buffer."""
+        _check_tensor("handle", handle, (torch.int64,), [ops.HANDLE_WORDS])
+        buffer_id, round_number, num_tokens, _ = handle.tolist()
+        if buffer_id != self.id:
+            raise ValueError(
+                f"handle is of buffer {buffer_id}, not of this one ({self.id}); combine on the same buffer"
+            )
+        if self.core.open_tokens(round_number) != num_tokens:
+            if self._closed:
+                raise ClosedError("this buffer is closed.")
+            raise RuntimeError(
+                f"handle's round {round_number} is not open: it was combined or abandoned before. "
+                "Call dispatch for a new handle"
+            )
+        return round_number, num_tokens
+
+    def _check_expert_rows(self, y: torch.Tensor, num_received: int) -> None:
+        if self.config.recv_format == "batched":
+            _check_tensor("y", y, (self.config.dtype,), self.recv_shape)
+            return
+        # Compiled callers hand back the whole of recv.x, others the received rows.
+        rows = y.shape[0] if y.dim() == 2 and y.shape[0] == self.recv_shape[0] else num_received
+        _check_tensor("y", y, (self.config.dtype,), [rows, self.config.hidden])
+
+    def _raise_for(self, status: str) -> None:
+        if status != "ok":
+            self._raise(status)
+
+    def _raise(self, status: str) -> NoReturn:
+        if status == "evicted":
+            decided = self.views()[-1][0]
+            raise RankEvictedError(f"the group went on without rank {self.group.rank}: {decided.reason}.")
+        if status == "quorum_lost":
+            raise QuorumLostError(
+                f"rank {self.group.rank} suspects {self.core.suspects()} and found no agreement on the next view within "
+                f"{self.config.agreement_timeout_ms} ms."
+            )
+        if status == "closed":
+            raise ClosedError("this buffer is closed.")
+        if status == "third_round":
+            raise RuntimeError("two rounds are open: combine or abandon the older handle before the next dispatch")
+        raise RuntimeError(f"handle does not name an open round of this buffer ({status}); call dispatch for a new one")
+
+    # -- what this rank knows ----------------------------------------------------------------------------------------
+
+    @property
+    def rank(self) -> int:
+        return self.group.rank
+
+    @property
+    def num_ranks(self) -> int:
+        return self.group.num_ranks
+
+    @property
+    def num_rounds(self) -> int:
+        """The number of the next round: it counts dispatches, construction's warm-up included."""
+        return int(self.core.stats()["next_round"])
+
+    @property
+    def view(self) -> View:
+        """The newest view installed on this rank. Does not block."""
+        return View.of(self.core.current())
+
+    def views(self) -> list[tuple[View, int]]:
+        """Every view with the time it was installed (CLOCK_MONOTONIC ns); one without this rank comes last."""
+        return [(View.of(decision), at_ns) for decision, at_ns in self.core.views()]
+
+    def evidence(self) -> list[Evidence]:
+        """What this rank found against peers, in order."""
+        return [Evidence(rank, kind, at_ns) for rank, kind, at_ns in self.core.evidence()]
+
+    def on_view_change(self, callback: Callable[[View], None]) -> None:
+        """Calls ``callback(view)`` on a thread of the buffer after each new view."""
+        assert self._membership is not None
+        self._membership.on_view_change(callback)
+
+    def set_timeouts(self, rank: int, silence_ms: int | None = None, stall_ms: int | None = None) -> None:
+        """Changes how long this rank bears with ``rank``, at once; ``None`` leaves a value as it is."""
+        if not 0 <= rank < self.num_ranks:
+            raise ValueError(f"rank is {rank}; give a number from 0 to {self.num_ranks - 1}")
+        for name, value in (("silence_ms", silence_ms), ("stall_ms", stall_ms)):
+            if value is not None and value <= 0:
+                raise ValueError(f"{name} is {value}; give a positive number of milliseconds")
+        self.core.set_timeouts(rank, silence_ms or 0, stall_ms or 0)
+
+    # -- the end -----------------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Leaves the group: answers open rounds and publishes ``left``. Not collective, bounded, may be repeated."""
+        if self._closed:
+            return
+        self._closed = True
+        self.core.close()
+        if self._membership is not None:
+            self._membership.stop()
+
+    def __enter__(self) -> Buffer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # -- the test build ----------------------------------------------------------------------------------------------
+
+    def arm(self, phase: str, round_number: int, action: str, value: int = 0) -> None:
+        """Test build: ``action`` (kill, stop, sleep_us, crash) when this rank reaches ``phase`` of ``round_number``."""
+        _need_hooks()
+        if phase not in phases():
+            raise ValueError(f"phase is {phase!r}; give one of {', '.join(phases())}")
+        self.core.arm(phases().index(phase), round_number, action, value)
+
+    def cut(self, rank: int) -> None:
+        """Test build: from now on everything between this rank and ``rank`` is lost, on this side."""
+        _need_hooks()
+        self._cut: set[int] = getattr(self, "_cut", set()) | {rank}
+        self.core.set_faults({"cut": sorted(self._cut)})
+
+
+def _need_hooks() -> None:
+    if not core.has_hooks:
+        raise RuntimeError("faults need the test build; set FAULT_A2A_CORE=hooks before importing fault_a2a")
+
+
+def _check_tensor(name: str, tensor: Any, dtypes: tuple[torch.dtype, ...], shape: Sequence[int | None]) -> None:
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name} is a {type(tensor).__name__}; give a torch.Tensor")
+    if tensor.device.type != "cpu":
+        raise ValueError(f"{name} is on {tensor.device}; this buffer works on the CPU, so give {name}.cpu()")
+    if tensor.dtype not in dtypes:
+        wanted = " or ".join(str(dtype) for dtype in dtypes)
+        raise TypeError(f"{name} is {tensor.dtype}; convert it to {wanted}")
+    fits = tensor.dim() == len(shape) and all(
+        want in (None, have) for have, want in zip(tensor.shape, shape, strict=True)
+    )
+    if not fits:
+        wanted = ", ".join("num_tokens" if want is None else str(want) for want in shape)
+        raise ValueError(f"{name} has shape {list(tensor.shape)}; give [{wanted}]")
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name} is not contiguous (strides {tensor.stride()}); give {name}.contiguous()")
+
+
+def core_fields(config: Config, num_ranks: int, rank: int) -> dict[str, Any]:
+    """The native core's form of a config on one rank."""
+    placement = config.placement_for(num_ranks)
+    return {
+        **window_fields(config, num_ranks),
+        "rank": rank,
+        "float32": config.dtype == torch.float32,
+        "packed": config.recv_format == "packed",
+        "renormalize": config.on_lost == "renormalize",
+        "expert_rank": list(placement.expert_rank),
+        "expert_local": list(placement.expert_local),
+        "num_local_experts": placement.num_local_experts(rank),
+        **{name: getattr(config, name) for name in _TIMEOUTS},
+    }
+
+
+_TIMEOUTS = ("beat_ms", "silence_ms", "stall_ms", "link_ms", "settle_ms", "agreement_timeout_ms")
+
+
+def window_fields(config: Config, num_ranks: int) -> dict[str, int]:
+    """What the size of a window follows from (see docs/protocol.md)."""
+    return {
+        "num_ranks": num_ranks,
+        "num_experts": config.num_experts,
+        "num_topk": config.num_topk,
+        "num_max_tokens_per_rank": config.num_max_tokens_per_rank,
+        "max_local_experts": config.placement_for(num_ranks).max_local_experts,
+        "hidden_bytes": config.hidden_bytes,
+        "num_spare_partitions": config.num_spare_partitions,
+        "reduce_at_expert": int(config.reduce == "expert"),
+    }
+
+
+def window_bytes(config: Config, num_ranks: int) -> int:
+    """Bytes that one rank exports, spare partitions and its control page included, ``recv.x`` not."""
+    layout = core.window_layout(window_fields(config, num_ranks))
+    return int(layout["window_bytes"] + layout["control_page_bytes"])

@@ -1,0 +1,139 @@
+"""Membership's face: views and evidence as Python sees them, and the arbiter between proposals for a view."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from fault_a2a.group import Group
+
+
+@dataclass(frozen=True)
+class View:
+    """Who is in. Totally ordered by ``epoch``; the same on every rank that installs it.
+
+    Attributes:
+        epoch: generation of the membership, from 0.
+        active_mask: one int a rank, 1 = active.
+        first_round: the first round that uses this view.
+        reason: why it differs from the one before, for an operator.
+        incarnations: which life of each rank this view speaks of.
+    """
+
+    epoch: int
+    active_mask: tuple[int, ...]
+    first_round: int
+    reason: str
+    incarnations: tuple[int, ...]
+
+    @property
+    def active_ranks(self) -> tuple[int, ...]:
+        return tuple(rank for rank, active in enumerate(self.active_mask) if active)
+
+    @classmethod
+    def of(cls, decision: dict[str, Any]) -> View:
+        active = set(decision["active"])
+        incarnations = tuple(decision["incarnations"])
+        return cls(
+            epoch=decision["epoch"],
+            active_mask=tuple(int(rank in active) for rank in range(len(incarnations))),
+            first_round=decision["first_round"],
+            reason=decision["reason"],
+            incarnations=incarnations,
+        )
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What this rank itself found against a peer: kind exit, left, silence, stall or link; CLOCK_MONOTONIC ns."""
+
+    rank: int
+    kind: str
+    at_ns: int
+
+
+class Arbiter(Protocol):
+    """Decides between proposals for one epoch: the first one wins, for everybody and for ever."""
+
+    def decide(self, proposal: dict[str, Any]) -> dict[str, Any]:
+        """Returns the decision of ``proposal["epoch"]``, which may be another rank's proposal. Blocks; may raise."""
+
+
+class StoreArbiter:
+    """An arbiter over a store's ``compare_set``.
+
+    Losing the store stops view changes (survivors then hold and end in ``QuorumLostError``), never a running view.
+    """
+
+    def __init__(self, group: Group) -> None:
+        self._group = group
+        # A connection of its own: a caller that blocks in store.wait() must not hold up a view change.
+        self._store = group.store.clone() if hasattr(group.store, "clone") and group.fabric is None else group.store
+
+    def decide(self, proposal: dict[str, Any]) -> dict[str, Any]:
+        key = self._group.key("view", proposal["epoch"])
+        decided = self._store.compare_set(key, "", json.dumps(proposal, sort_keys=True))
+        decision: dict[str, Any] = json.loads(bytes(decided).decode())
+        return decision
+
+
+class MembershipThread:
+    """Carries proposals from the native core to the arbiter, and view changes to callbacks.
+
+    It is a Python thread: while somebody holds the GIL it stands still. Beats, watching, promises and the adoption of
+    decisions do not go through it, and another rank proposes if this one does not.
+    """
+
+    POLL_MS = 200
+    PAUSE_AFTER_ERROR_S = 0.05
+
+    def __init__(self, endpoint: Any, arbiter: Arbiter) -> None:
+        self._endpoint = endpoint
+        self._arbiter = arbiter
+        self._callbacks: list[Callable[[View], None]] = []
+        self._told_epoch = endpoint.current()["epoch"]
+        self._ending = threading.Event()
+        self.last_error: Exception | None = None
+        self._thread = threading.Thread(target=self._run, name="fault_a2a-membership", daemon=True)
+        self._thread.start()
+
+    def on_view_change(self, callback: Callable[[View], None]) -> None:
+        self._callbacks.append(callback)
+
+    def stop(self) -> None:
+        self._ending.set()
+        if threading.current_thread() is not self._thread:
+            self._thread.join(timeout=2 * self.POLL_MS / 1000)
+
+    def _run(self) -> None:
+        while not self._ending.is_set():
+            proposal = self._endpoint.next_proposal(self.POLL_MS)
+            if self._ending.is_set():
+                return
+            if proposal is not None:
+                self._decide(proposal)
+            self._tell()
+
+    def _decide(self, proposal: dict[str, Any]) -> None:
+        try:
+            self._endpoint.learn(self._arbiter.decide(proposal))
+        except (
+            Exception
+        ) as error:  # the store may be gone in any way it likes; the core tries again and, in time, says so
+            self.last_error = error
+            self._endpoint.proposal_failed()
+            time.sleep(self.PAUSE_AFTER_ERROR_S)
+
+    def _tell(self) -> None:
+        if not self._callbacks:
+            return
+        for decision, _ in self._endpoint.views():
+            if decision["epoch"] <= self._told_epoch:
+                continue
+            self._told_epoch = decision["epoch"]
+            for callback in self._callbacks:
+                callback(View.of(decision))

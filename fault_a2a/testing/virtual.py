@@ -1,0 +1,89 @@
+"""Virtual ranks: a whole group in one process, a thread a rank, over the same native code as real processes."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from fault_a2a._core import core
+from fault_a2a.buffer import Buffer
+from fault_a2a.config import Config
+from fault_a2a.group import Group
+
+T = TypeVar("T")
+
+
+@dataclass
+class LocalFabric:
+    """The windows of all virtual ranks, made by the first rank that asks."""
+
+    extra: dict[str, Any] = field(default_factory=dict)
+    _group: Any = None
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def of(self, fields: dict[str, Any]) -> Any:
+        fields.update(self.extra)
+        with self._lock:
+            if self._group is None:
+                self._group = core.LocalGroup(fields)
+            return self._group
+
+
+class VirtualRanks:
+    """A group of ``num_ranks`` threads.
+
+    Args:
+        num_ranks: how many.
+        config: of every rank.
+        extra: fields for the native core that no Config has, such as ``first_round``, ``first_epoch``, ``poison``.
+
+    ``run(work)`` calls ``work(buffer)`` on every rank's thread and returns what each returned or raised.
+    """
+
+    def __init__(self, num_ranks: int, config: Config, **extra: Any) -> None:
+        store, fabric = dist.HashStore(), LocalFabric(extra)
+        groups = [Group(store, rank, num_ranks, fabric=fabric) for rank in range(num_ranks)]
+        self.config = config
+        self.buffers: list[Buffer] = run_threads([partial(Buffer, group, config) for group in groups])
+
+    def run(self, work: Callable[[Buffer], T], ranks: list[int] | None = None) -> list[Any]:
+        chosen = self.buffers if ranks is None else [self.buffers[rank] for rank in ranks]
+        return run_threads([partial(work, buffer) for buffer in chosen], keep_errors=True)
+
+    def close(self) -> None:
+        run_threads([buffer.close for buffer in self.buffers])
+
+    def __enter__(self) -> VirtualRanks:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def run_threads(calls: list[Callable[[], Any]], keep_errors: bool = False, timeout_s: float = 120.0) -> list[Any]:
+    """Calls each in a thread of its own; a call that outlasts the time is an error that names it, never a hang."""
+    results: list[Any] = [None] * len(calls)
+
+    def call(idx: int) -> None:
+        try:
+            results[idx] = calls[idx]()
+        except BaseException as error:
+            results[idx] = error
+
+    threads = [threading.Thread(target=call, args=(idx,), daemon=True) for idx in range(len(calls))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout_s)
+    stuck = [idx for idx, thread in enumerate(threads) if thread.is_alive()]
+    if stuck:
+        raise TimeoutError(f"calls {stuck} did not return within {timeout_s} s")
+    for result in results:
+        if isinstance(result, BaseException) and not keep_errors:
+            raise result
+    return results
