@@ -1,0 +1,74 @@
+// The control page of one rank: beats, doorbells, accusations and promises. Written by its rank, read by its peers'
+// host threads.
+#pragma once
+
+#include "protocol/compiler.hpp"
+#include "protocol/layout.hpp"
+#include "protocol/rank_set.hpp"
+#include "protocol/view.hpp"
+
+namespace fa2a {
+
+constexpr u64 kControlMagic = 0x6661326163746c31ull;
+
+enum class Life : u32 { absent, constructing, running, left, evicted };
+
+enum class Evidence : u32 { none, exit, left, silence, stall, link };
+
+// An accusation is one word: of which epoch, and with what evidence. The epoch makes a word of a closed view mean
+// nothing.
+namespace accusation_field {
+using Epoch = Field<8, 56>;
+using Kind = Field<0, 8>;
+}  // namespace accusation_field
+
+FA2A_HD constexpr u64 pack_accusation(u64 epoch, Evidence kind) {
+  return accusation_field::Epoch::pack(epoch) | accusation_field::Kind::pack(static_cast<u64>(kind));
+}
+
+// "Rounds from `limit` on wait for the next view, and I have started the rounds below `started`." Once per epoch.
+struct Promise {
+  u64 epoch_plus_one = 0;  // 0: none given yet
+  u64 limit = 0;
+  u64 started = 0;
+};
+
+constexpr u32 kReasonBytes = 512;
+
+// The newest view that this rank knows to be decided, with the sentence that explains it.
+struct Decision {
+  View view;
+  u32 past_edges[kMaxRanks] = {};  // accusation edges of closed epochs, for the verdict's memory of serial accusers
+  char reason[kReasonBytes] = {};
+};
+
+struct ControlPage {
+  u64 magic = 0;
+  u64 shape_hash = 0;
+  u64 incarnation = 0;
+  u32 rank = 0;
+  u32 pid = 0;
+
+  alignas(kLine) u32 death_word = 0;  // the kernel sets bit 30 when its holder thread is gone
+  alignas(kLine) u64 process_beat = 0;
+  alignas(kLine) u64 progress = 0;
+  u64 dispatches_signalled = 0;               // rounds whose dispatch every peer was told of
+  u64 combines_signalled[kNumParities] = {};  // round + 1 of the newest combine signalled, by parity
+  alignas(kLine) u32 life = 0;
+
+  alignas(kLine) u32 doorbell = 0;    // rung by peers after a signal, when somebody waits
+  u32 doorbell_waiters = 0;           // edited by waiters only
+  alignas(kLine) u32 pulse_bell = 0;  // rung by peers' native threads
+
+  alignas(kLine) u64 promise_seq = 0;
+  Promise promise;
+  alignas(kLine) u64 decision_seq = 0;
+  Decision decision;
+  alignas(kLine) u64 accusations_version = 0;
+  u64 accusations[kMaxRanks] = {};
+  alignas(kLine) u64 fault_at_ns = 0;  // test build: when this rank was about to fail
+};
+
+FA2A_HD constexpr u64 control_page_bytes() { return round_up(sizeof(ControlPage), kPage); }
+
+}  // namespace fa2a

@@ -1,0 +1,47 @@
+// The safety guards by name: always on in production, switchable one by one in the test build so that each can be seen
+// to matter.
+#pragma once
+
+#include "protocol/compiler.hpp"
+
+namespace fa2a {
+
+// docs/protocol.md gives the accident that each one prevents; tests/test_guards.py takes each one out.
+#define FA2A_GUARDS(X)                                                                      \
+  X(consent)        /* rows of round r+2 wait for the reader's word about round r        */ \
+  X(recheck)        /* a source whose word changed while it was copied is not taken      */ \
+  X(hold)           /* no new round starts while an active peer is suspected             */ \
+  X(promise)        /* first_round comes after everything any kept member has started    */ \
+  X(promise_fence)  /* a promise is one store, one fence, one load, in this order        */ \
+  X(later_declined) /* a later round in the word ends the wait for this one              */ \
+  X(round_compare)  /* a word of an older round is not this round's signal               */ \
+  X(epoch_compare)  /* a word signed in another view is not taken                        */ \
+  X(clamp_count)    /* a peer's count never bounds a loop                                */ \
+  X(check_index)    /* a peer's index never addresses memory                             */ \
+  X(combine_count)  /* the owner compares the rows that came back with those it sent     */ \
+  X(one_answer)     /* a source that was not taken still gets a declined answer          */ \
+  X(third_round)    /* dispatch of r+2 only after combine r                              */ \
+  X(tick)           /* a rank that waits shows that it lives                             */ \
+  X(beat)           /* the native thread beats, whatever Python does                     */ \
+  X(gap_restart)    /* a watcher that slept restarts its deadlines                       */ \
+  X(waited_only)    /* silence counts only while somebody waits                          */ \
+  X(incarnation)    /* a partition belongs to one incarnation, fresh ones are pre-filled */ \
+  X(view_once)      /* a round keeps the view that it began with                         */ \
+  X(all_promised)   /* every next member has promised, a quorum is not enough            */ \
+  X(release_word)   /* the host can end any wait                                         */
+
+enum Guard : u32 {
+#define FA2A_GUARD_NAME(name) guard_##name,
+  FA2A_GUARDS(FA2A_GUARD_NAME)
+#undef FA2A_GUARD_NAME
+      num_guards
+};
+
+#if defined(FA2A_TEST_HOOKS) && FA2A_TEST_HOOKS
+extern u64 guards_off;  // one bit a guard; lives in csrc/host/hooks.cpp
+FA2A_HD bool guarded(Guard guard) { return (guards_off >> guard & 1ull) == 0; }
+#else
+FA2A_HD constexpr bool guarded(Guard) { return true; }
+#endif
+
+}  // namespace fa2a

@@ -1,0 +1,122 @@
+// Where every byte of a window stands: one cursor both sizes and places, on host and device alike.
+#pragma once
+
+#include "protocol/compiler.hpp"
+#include "protocol/signal.hpp"
+
+namespace fa2a {
+
+constexpr u64 kLine = 64;  // a word that is polled has a cache line of its own
+constexpr u64 kPage = 4096;
+constexpr u32 kNumParities = 2;  // rounds r and r+1 may be open together
+constexpr u64 kPartitionMagic = 0x6661326170617274ull;
+
+// What the sizes follow from. Every rank of a group has the same shape; its hash is compared at construction.
+struct Shape {
+  i32 num_ranks = 0;
+  i32 num_experts = 0;
+  i32 num_topk = 0;
+  i32 num_max_tokens = 0;     // per rank
+  i32 max_local_experts = 0;  // the largest number of experts on one rank
+  i32 hidden_bytes = 0;
+  i32 num_spare_partitions = 1;
+  i32 reduce_at_expert = 0;  // 0: one combine row per (token, choice); 1: one per (token, rank)
+};
+
+// One choice of a row that travels: which of the receiver's experts, and which of the token's k it is.
+struct RowChoice {
+  i32 local_expert;
+  i32 choice;
+  float weight;
+};
+
+// Stands before the choices of a row; the stride of the whole comes from the layout.
+struct RowHeader {
+  i32 src_token;
+  i32 num_choices;
+};
+
+struct PartitionHeader {
+  u64 magic;
+  u64 shape_hash;
+  u64 incarnation;  // of the one writer that this partition belongs to
+  i32 owner;
+  i32 writer;
+};
+
+class Cursor {
+ public:
+  FA2A_HD constexpr u64 take(u64 num_bytes, u64 alignment) {
+    const u64 offset = round_up(at_, alignment);
+    at_ = offset + num_bytes;
+    return offset;
+  }
+  FA2A_HD constexpr u64 end() const { return at_; }
+
+ private:
+  u64 at_ = 0;
+};
+
+// One (owner, writer) partition: the only memory that this writer may store into in this owner's window.
+struct PartitionLayout {
+  u64 header = 0;
+  u64 progress = 0;  // the writer's progress word
+  u64 dispatch_signal[kNumParities] = {};
+  u64 combine_signal[kNumParities] = {};
+  u64 row_headers[kNumParities] = {};  // dispatch and combine never share bytes
+  u64 dispatch_rows[kNumParities] = {};
+  u64 combine_rows[kNumParities] = {};
+  u64 header_stride = 0;
+  u64 row_stride = 0;
+  i32 num_dispatch_rows = 0;
+  i32 num_combine_rows = 0;
+  i32 max_choices = 0;  // of one token on one rank
+  u64 num_bytes = 0;
+};
+
+FA2A_HD constexpr PartitionLayout partition_layout(const Shape& shape) {
+  PartitionLayout at;
+  at.max_choices = shape.num_topk < shape.max_local_experts ? shape.num_topk : shape.max_local_experts;
+  at.num_dispatch_rows = shape.num_max_tokens;
+  at.num_combine_rows = shape.reduce_at_expert ? shape.num_max_tokens : shape.num_max_tokens * at.max_choices;
+  at.header_stride = round_up(sizeof(RowHeader) + sizeof(RowChoice) * static_cast<u64>(at.max_choices), 16);
+  at.row_stride = round_up(static_cast<u64>(shape.hidden_bytes), kLine);
+
+  Cursor cursor;
+  at.header = cursor.take(sizeof(PartitionHeader), kLine);
+  at.progress = cursor.take(sizeof(u64), kLine);
+  for (u32 p = 0; p < kNumParities; ++p) at.dispatch_signal[p] = cursor.take(sizeof(u64), kLine);
+  for (u32 p = 0; p < kNumParities; ++p) at.combine_signal[p] = cursor.take(sizeof(u64), kLine);
+  for (u32 p = 0; p < kNumParities; ++p)
+    at.row_headers[p] = cursor.take(at.header_stride * static_cast<u64>(at.num_dispatch_rows), kLine);
+  for (u32 p = 0; p < kNumParities; ++p)
+    at.dispatch_rows[p] = cursor.take(at.row_stride * static_cast<u64>(at.num_dispatch_rows), kLine);
+  for (u32 p = 0; p < kNumParities; ++p)
+    at.combine_rows[p] = cursor.take(at.row_stride * static_cast<u64>(at.num_combine_rows), kLine);
+  at.num_bytes = round_up(cursor.end(), kPage);
+  return at;
+}
+
+FA2A_HD constexpr i32 num_partitions(const Shape& shape) { return shape.num_ranks + shape.num_spare_partitions; }
+
+// All that one rank exports, its control page left out (see control_page.hpp).
+FA2A_HD constexpr u64 window_bytes(const Shape& shape) {
+  return partition_layout(shape).num_bytes * static_cast<u64>(num_partitions(shape));
+}
+
+// Two ranks built for different shapes must not exchange a byte: FNV-1a over every field.
+FA2A_HD constexpr u64 shape_hash(const Shape& shape) {
+  const i32 fields[] = {shape.num_ranks,
+                        shape.num_experts,
+                        shape.num_topk,
+                        shape.num_max_tokens,
+                        shape.max_local_experts,
+                        shape.hidden_bytes,
+                        shape.num_spare_partitions,
+                        shape.reduce_at_expert};
+  u64 hash = 14695981039346656037ull;
+  for (i32 field : fields) hash = (hash ^ static_cast<u64>(static_cast<u32>(field))) * 1099511628211ull;
+  return hash;
+}
+
+}  // namespace fa2a
