@@ -1,0 +1,210 @@
+"""The rig of the group tests: every rank runs rounds whose rows anybody can recompute, and checks each one it receives."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+
+from fault_a2a import reference
+from fault_a2a.buffer import Buffer, Handle, Outcome, Received
+from fault_a2a.config import Config
+from fault_a2a.errors import FaultA2AError
+from fault_a2a.testing.virtual import VirtualRanks
+
+
+@dataclass
+class Tally:
+    """What one rank saw. ``corrupt`` must stay empty whatever dies."""
+
+    rank: int
+    rounds: int = 0
+    lost: int = 0
+    unroutable: int = 0
+    choices: int = 0
+    corrupt: list[str] = field(default_factory=list)
+    error: BaseException | None = None
+    lost_by_round: Counter[int] = field(default_factory=Counter)
+    unroutable_by_round: Counter[int] = field(default_factory=Counter)
+    outcomes: dict[int, torch.Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Work:
+    """Rows and routing of every (rank, round), from the seed alone."""
+
+    config: Config
+    num_ranks: int
+    seed: int = 0
+    num_tokens: int | Callable[[int, int], int] | None = None  # or a function of (rank, round)
+
+    def _generator(self, rank: int, round_number: int) -> torch.Generator:
+        return torch.Generator().manual_seed((self.seed * 1009 + rank) * 1000003 + round_number)
+
+    def tokens(self, rank: int, round_number: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        config, generator = self.config, self._generator(rank, round_number)
+        num_tokens = config.num_max_tokens_per_rank if self.num_tokens is None else self.num_tokens
+        if callable(num_tokens):
+            num_tokens = num_tokens(rank, round_number)
+        x = torch.randn(num_tokens, config.hidden, generator=generator).to(config.dtype)
+        scores = torch.rand(num_tokens, config.num_experts, generator=generator)
+        idx = scores.topk(config.num_topk, dim=1).indices
+        # Some choices name no expert, so that rows and answers differ in number.
+        idx[torch.rand(idx.shape, generator=generator) < 0.1] = -1
+        return x, idx, torch.rand(num_tokens, config.num_topk, generator=generator)
+
+    def expert_rows(self, rows: torch.Tensor, expert: int) -> torch.Tensor:
+        """An expert whose rows depend on the row and the expert only: elementwise, so the same bits in any batch."""
+        return (rows.float() * (1.0 + expert / 8) + expert / 4).to(rows.dtype)
+
+
+class Checker:
+    """Runs rounds of ``work`` on one buffer and checks all that can be known of them."""
+
+    def __init__(self, buffer: Buffer, work: Work) -> None:
+        self.buffer, self.work = buffer, work
+        self.tally = Tally(buffer.rank)
+        self.local = buffer.placement.local_experts(buffer.rank)
+
+    def dispatch(self, round_number: int) -> tuple[Received, Handle]:
+        received, handle = self.buffer.dispatch(*self.work.tokens(self.buffer.rank, round_number))
+        self.check_received(received, handle, round_number)
+        return received, handle
+
+    def check_received(self, received: Received, handle: Handle, round_number: int) -> None:
+        rows = received.x.reshape(-1, self.buffer.config.hidden)
+        sources = handle.sources()
+        if int(received.num_tokens.sum()) != len(sources):
+            self.tally.corrupt.append(f"round {round_number}: num_tokens does not count the rows")
+        for src in sources[:, 2].unique().tolist():
+            x, idx, _ = self.work.tokens(src, round_number)
+            mine = sources[sources[:, 2] == src]
+            expected = x[mine[:, 3].long()]
+            if not reference.same_bits(rows[mine[:, 0].long()], expected).all():
+                self.tally.corrupt.append(f"round {round_number}: rows from rank {src} are not its rows")
+            named = idx[mine[:, 3].long(), mine[:, 4].long()]
+            if named.tolist() != [self.local[expert] for expert in mine[:, 1].tolist()]:
+                self.tally.corrupt.append(f"round {round_number}: rows from rank {src} stand at the wrong expert")
+
+    def experts(self, received: Received) -> torch.Tensor:
+        y = torch.full_like(received.x, float("nan"))
+        flat, flat_y = received.x.reshape(-1, received.x.shape[-1]), y.view(-1, received.x.shape[-1])
+        for local, expert in enumerate(self.local):
+            count = int(received.num_tokens[local])
+            first = int(received.offsets[local])
+            if self.buffer.config.recv_format == "batched":
+                first = local * self.buffer.capacity
+            flat_y[first : first + count] = self.work.expert_rows(flat[first : first + count], expert)
+        return y
+
+    def combine(self, received: Received, handle: Handle, round_number: int) -> Outcome:
+        out, outcome = self.buffer.combine(self.experts(received), handle)
+        self.check_output(out, outcome, round_number)
+        return outcome
+
+    def check_output(self, out: torch.Tensor, outcome: Outcome, round_number: int) -> None:
+        config, tally = self.buffer.config, self.tally
+        x, idx, weights = self.work.tokens(self.buffer.rank, round_number)
+        rows = torch.stack([self.work.expert_rows(x, expert) for expert in range(config.num_experts)])
+        chosen = rows[idx.clamp(min=0), torch.arange(len(x))[:, None]]
+        expected = reference.combine(
+            chosen,
+            idx,
+            weights,
+            outcome.delivered,
+            reduce=config.reduce,
+            placement=self.buffer.placement,
+            on_lost=config.on_lost,
+        )
+        if not reference.same_bits(out, expected).all():
+            tally.corrupt.append(f"round {round_number}: out is not the sum of what the outcome says was delivered")
+        if not torch.equal(outcome.codes == reference.NONE, idx < 0):
+            tally.corrupt.append(f"round {round_number}: outcome 'none' and topk_idx -1 differ")
+        num_lost = int((outcome.codes == reference.LOST).sum())
+        if bool(outcome.lost) != (num_lost > 0):
+            tally.corrupt.append(f"round {round_number}: lost is {bool(outcome.lost)} with {num_lost} choices lost")
+        tally.lost += num_lost
+        tally.lost_by_round[round_number] += num_lost
+        num_unroutable = int((outcome.codes == reference.UNROUTABLE).sum())
+        tally.unroutable += num_unroutable
+        tally.unroutable_by_round[round_number] += num_unroutable
+        tally.choices += int((idx >= 0).sum())
+        tally.rounds += 1
+        tally.outcomes[round_number] = outcome.codes
+
+    def run(self, num_rounds: int, between: Callable[[Buffer, int], None] | None = None) -> Tally:
+        """``num_rounds`` rounds, one open at a time. An error of the group ends it and is kept in the tally."""
+        try:
+            for _ in range(num_rounds):
+                round_number = self.buffer.num_rounds
+                received, handle = self.dispatch(round_number)
+                if between is not None:
+                    between(self.buffer, round_number)
+                self.combine(received, handle, round_number)
+        except FaultA2AError as error:
+            self.tally.error = error
+        return self.tally
+
+    def run_two_open(self, num_rounds: int) -> Tally:
+        """As ``run``, with two rounds open all the time: dispatch r + 1 goes out before combine r."""
+        try:
+            number = self.buffer.num_rounds
+            older = (number, *self.dispatch(number))
+            for _ in range(num_rounds - 1):
+                number = self.buffer.num_rounds
+                newer = (number, *self.dispatch(number))
+                self.combine(older[1], older[2], older[0])
+                older = newer
+            self.combine(older[1], older[2], older[0])
+        except FaultA2AError as error:
+            self.tally.error = error
+        return self.tally
+
+
+def run_checked(ranks: VirtualRanks, work: Work, num_rounds: int, **options: object) -> list[Tally]:
+    """All virtual ranks run ``num_rounds`` checked rounds; errors other than the group's own are raised."""
+
+    def one(buffer: Buffer) -> Tally:
+        return Checker(buffer, work).run(num_rounds, **options)  # type: ignore[arg-type]
+
+    return raised(ranks.run(one))
+
+
+def run_two_open(ranks: VirtualRanks, work: Work, num_rounds: int) -> list[Tally]:
+    return raised(ranks.run(partial(_two_open, work=work, num_rounds=num_rounds)))
+
+
+def _two_open(buffer: Buffer, work: Work, num_rounds: int) -> Tally:
+    return Checker(buffer, work).run_two_open(num_rounds)
+
+
+def raised(results: list) -> list[Tally]:
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    return results
+
+
+def views_agree(ranks: VirtualRanks) -> bool:
+    """No two ranks installed different views for one epoch."""
+    seen: dict[int, tuple] = {}
+    for buffer in ranks.buffers:
+        for view, _ in buffer.views():
+            content = (view.active_mask, view.first_round, view.incarnations)
+            if seen.setdefault(view.epoch, content) != content:
+                return False
+    return True
+
+
+def suspicions_of(ranks: VirtualRanks, innocent: set[int]) -> list[tuple[int, int, str]]:
+    """(accuser, accused, kind) of every piece of evidence against a rank that did nothing."""
+    return [
+        (buffer.rank, evidence.rank, evidence.kind)
+        for buffer in ranks.buffers
+        if buffer.rank in innocent
+        for evidence in buffer.evidence()
+        if evidence.rank in innocent
+    ]
