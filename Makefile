@@ -13,7 +13,7 @@ PY := $(VENV)/bin/python
 STAMPS := $(VENV)/stamps
 CPP_FILES = $(shell find csrc kernels tests/native -name '*.[ch]pp' -o -name '*.cu' 2>/dev/null)
 
-.PHONY: drill test prove lint format native build clean distclean
+.PHONY: drill test prove lint lint-python lint-types lint-cpp format native build clean distclean
 .DELETE_ON_ERROR:
 
 drill: build
@@ -25,11 +25,17 @@ test: build
 prove: build
 	$(PY) -m tests.prove $(ARGS)
 
-lint: $(STAMPS)/tools
+lint: lint-python lint-types lint-cpp
+
+lint-python: $(STAMPS)/tools
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+
+lint-types: $(STAMPS)/tools
 	$(PY) -m mypy
-	$(VENV)/bin/clang-format --dry-run --Werror $(CPP_FILES)
+
+lint-cpp: $(STAMPS)/tools
+	@$(VENV)/bin/clang-format --dry-run --Werror $(CPP_FILES) && echo "C++ is formatted"
 
 format: $(STAMPS)/tools
 	$(PY) -m ruff check --fix .
