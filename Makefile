@@ -79,7 +79,7 @@ $(STAMPS)/venv:
 
 clean:
 	rm -rf build fault_a2a/include fault_a2a/*.so *.egg-info .pytest_cache .mypy_cache .ruff_cache
-	find fault_a2a kernels tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+	find $(wildcard fault_a2a kernels tests benchmarks) -name __pycache__ -type d -prune -exec rm -rf {} +
 	rm -f $(STAMPS)/package
 
 distclean: clean
