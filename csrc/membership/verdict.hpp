@@ -1,0 +1,55 @@
+// Who stays when ranks accuse each other: a pure function of the accusations, the same answer on every rank.
+//
+// An accusation is an observation ("I cannot get through to rank 4"), not a fact about rank 4: the accuser may be the
+// sick one, or only the link between the two is. So the verdict does not ask who was accused but which members can
+// still all work with each other, and keeps as many of them as possible.
+//
+// Why not the AND of everyone's views ("whoever is accused goes"):
+//   - one sick rank that accuses all others evicts all others. The accusations then form a star, and evicting its one
+//     centre ends them all: the sick rank must lose, however many it accuses;
+//   - one broken link makes both its ends accuse, and both go. One eviction ends both accusations, so exactly one of
+//     the two goes; accusations cannot tell which of them is to blame, only that keeping both is impossible.
+//
+// The rule. Members proven dead go, and their accusations with them: what a rank wrote before it died may be the reason
+// it died, and is no reason to lose a second rank. Of the others the fewest go that leave no accusation between two
+// kept members (a minimum vertex cover of the accusations, whichever way they point). Between choices of the same size:
+//   1. the one with more accusations goes: directed accusations now, plus `past_edges`, summed over its ranks. This is
+//      what stops a serial accuser, which breaks with one rank per epoch: after the first it has a past, its next
+//      victim has none, and it goes itself. It costs at most one other rank;
+//   2. then the one with the higher ranks: of two choices, the one that holds the highest rank in which they differ.
+// These rules order all choices totally, so every rank that sees the same input picks the same view.
+//
+// Never everybody: of a connected set of accusers, all but one is always enough. `next` is empty only when all members
+// are proven dead.
+#pragma once
+
+#include <string>
+
+#include "protocol/compiler.hpp"
+#include "protocol/rank_set.hpp"
+
+namespace fa2a {
+
+struct VerdictInput {
+  i32 num_ranks = 0;    // clamped to kMaxRanks
+  RankSet members;      // active in the current view
+  RankSet proven_dead;  // exit or left, verified
+  // [num_ranks]; accused_by[a] holds the ranks that rank a accuses now. Self-accusations count for nothing, nor do rows
+  // and bits of ranks that are proven dead or no members.
+  const RankSet* accused_by = nullptr;
+  const u32* past_edges = nullptr;  // [num_ranks]; accusations each rank was part of in closed epochs
+};
+
+struct Verdict {
+  RankSet next;        // members of the next view
+  RankSet evicted;     // members that are not in it
+  bool exact;          // false: too tangled to search (vertex_cover.hpp has the bound); at most twice the fewest went
+  std::string reason;  // for the operator; always fits kReasonBytes of a view
+};
+
+Verdict verdict(const VerdictInput& input);
+
+// The reason of a view in which nobody left: decided when an accusation is taken back after ranks have held for it.
+std::string same_members_reason();
+
+}  // namespace fa2a
