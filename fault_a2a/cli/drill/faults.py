@@ -8,19 +8,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 KINDS = ("kill", "stop", "cut", "rejoin")
+# In the middle of an all-to-all: half of the group can read the victim's rows, the other half waits for them in vain.
+DEFAULT_PHASE = "dispatch.half_signalled"
 _MAX_STOP_MS = 3600 * 1000  # an hour: a longer one is a typing mistake
+_MAX_AFTER_US = 60 * 1000 * 1000
 
-_FORM = {"kill": "R@S[:PHASE]", "stop": "R@S:MS", "cut": "A-B@S", "rejoin": "R@S"}
+_FORM = {"kill": "R@S[:PHASE] or R@S+US", "stop": "R@S[+US]:MS", "cut": "A-B@S", "rejoin": "R@S"}
 _EXAMPLE = {"kill": "3@50", "stop": "3@50:4000", "cut": "2-5@50", "rejoin": "3@80"}
 _MEANS = {
-    "kill": "SIGKILL rank R in step S, or at a named phase inside it",
-    "stop": "SIGSTOP rank R in step S, SIGCONT after MS milliseconds",
+    "kill": f"SIGKILL rank R in step S, at a phase of its all-to-all ({DEFAULT_PHASE} unless named), or from outside, "
+    "US microseconds after the step began",
+    "stop": "SIGSTOP rank R in step S, at the same phase or US microseconds after the step began; SIGCONT after MS "
+    "milliseconds",
     "cut": "from step S on, lose everything between ranks A and B",
     "rejoin": "start a new process as rank R in step S (comes with the membership release)",
 }
 _PATTERN = {
-    "kill": re.compile(r"(?P<rank>\d+)@(?P<step>\d+)(:(?P<phase>.+))?", re.ASCII),
-    "stop": re.compile(r"(?P<rank>\d+)@(?P<step>\d+):(?P<duration_ms>\d+)", re.ASCII),
+    "kill": re.compile(r"(?P<rank>\d+)@(?P<step>\d+)(\+(?P<after_us>\d+)|:(?P<phase>.+))?", re.ASCII),
+    "stop": re.compile(r"(?P<rank>\d+)@(?P<step>\d+)(\+(?P<after_us>\d+))?:(?P<duration_ms>\d+)", re.ASCII),
     "cut": re.compile(r"(?P<rank>\d+)-(?P<peer>\d+)@(?P<step>\d+)", re.ASCII),
     "rejoin": re.compile(r"(?P<rank>\d+)@(?P<step>\d+)", re.ASCII),
 }
@@ -35,8 +40,9 @@ class Fault:
         rank: whom it hits; of a cut, the lower of the two.
         step: in which step, counted from 0.
         peer: of a cut, the other end.
-        phase: of a kill, the named phase of the step's dispatch or combine at which it strikes; ``None`` for the
-            parent's signal at some instant of the step.
+        phase: of a kill, the named phase of the step's dispatch or combine at which it strikes; ``None``: see
+            ``armed_phase``.
+        after_us: of a kill or stop from outside, how long after the rank began the step; else ``None``.
         duration_ms: of a stop, until the rank is woken.
     """
 
@@ -46,20 +52,38 @@ class Fault:
     peer: int | None = None
     phase: str | None = None
     duration_ms: int | None = None
+    after_us: int | None = None
+
+    @property
+    def armed_phase(self) -> str | None:
+        """At which phase the rank does it to itself; ``None`` for a cut, and for a fault that comes from outside."""
+        if self.kind not in ("kill", "stop") or self.after_us is not None:
+            return None
+        return self.phase or DEFAULT_PHASE
+
+    @property
+    def needs_hooks(self) -> bool:
+        """Whether the ranks must run the test build: only it can stop at a phase or cut a link."""
+        return self.after_us is None
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """Whom it may cost their place: the rank, or both ends of a cut."""
+        return (self.rank,) if self.peer is None else (self.rank, self.peer)
 
     def __str__(self) -> str:
         """As it is written on the command line, with its kind in front."""
         who = str(self.rank) if self.peer is None else f"{self.rank}-{self.peer}"
+        after = "" if self.after_us is None else f"+{self.after_us}"
         detail = self.phase if self.duration_ms is None else self.duration_ms
-        return f"{self.kind} {who}@{self.step}" + ("" if detail is None else f":{detail}")
+        return f"{self.kind} {who}@{self.step}{after}" + ("" if detail is None else f":{detail}")
 
 
-def add_fault_options(parser: argparse.ArgumentParser, phases: Sequence[str]) -> None:
-    """Adds ``--kill``, ``--stop``, ``--cut`` and ``--rejoin``, which may all be repeated; the help lists ``phases``."""
-    listed = ", ".join(phases) if phases else "none in this build"
-    group = parser.add_argument_group("faults", f"each may be given again; phases: {listed}")
+def add_fault_options(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--kill``, ``--stop``, ``--cut`` and ``--rejoin``, which may all be repeated."""
+    group = parser.add_argument_group("faults", "each may be given again; R is a rank, S a step, both from 0")
     for kind in KINDS:
-        group.add_argument(f"--{kind}", action="append", default=[], metavar=_FORM[kind], help=_MEANS[kind])
+        group.add_argument(f"--{kind}", action="append", default=[], metavar=_FORM[kind].split()[0], help=_MEANS[kind])
 
 
 def parse_faults(
@@ -70,14 +94,14 @@ def parse_faults(
     rejoin: Sequence[str] = (),
     num_ranks: int,
     num_steps: int,
-    phases: Sequence[str] = (),
+    phases: Sequence[str] | None = None,
 ) -> list[Fault]:
     """The faults of a drill, by step.
 
     Args:
         kill, stop, cut, rejoin: the texts given to each option.
         num_ranks, num_steps: of the drill; ranks and steps count from 0.
-        phases: names that a kill may carry.
+        phases: names that a kill may carry; ``None`` when they are not known yet: any name will do.
 
     Raises:
         ValueError: a text that does not read, a rank, step or phase that does not exist, or faults that do not fit
@@ -103,7 +127,7 @@ def _parse(kind: str, text: str) -> Fault:
     return Fault(kind=kind, phase=parts.get("phase"), **numbers)
 
 
-def _check_exists(fault: Fault, num_ranks: int, num_steps: int, phases: Sequence[str]) -> None:
+def _check_exists(fault: Fault, num_ranks: int, num_steps: int, phases: Sequence[str] | None) -> None:
     kind, text = fault.kind, str(fault).split(" ", 1)[1]
     if kind == "rejoin":
         raise ValueError(
@@ -117,9 +141,10 @@ def _check_exists(fault: Fault, num_ranks: int, num_steps: int, phases: Sequence
         raise _refusal(kind, text, "a rank has no link to itself")
     if fault.step >= num_steps:
         raise _refusal(kind, text, f"there is no step {fault.step} among {num_steps} (steps 0 to {num_steps - 1})")
-    if fault.phase is not None and fault.phase not in phases:
-        known = f"the phases are {', '.join(phases)}" if phases else "this build has no phases"
-        raise _refusal(kind, text, f'there is no phase "{fault.phase}"; {known}')
+    if fault.phase is not None and phases is not None and fault.phase not in phases:
+        raise _refusal(kind, text, f'there is no phase "{fault.phase}"; the phases are {", ".join(phases)}')
+    if fault.after_us is not None and fault.after_us > _MAX_AFTER_US:
+        raise _refusal(kind, text, f"a step is over after {_MAX_AFTER_US} microseconds at the latest")
     if fault.duration_ms is not None and not 1 <= fault.duration_ms <= _MAX_STOP_MS:
         raise _refusal(kind, text, f"a stop lasts 1 to {_MAX_STOP_MS} ms")
 

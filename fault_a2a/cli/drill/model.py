@@ -7,6 +7,7 @@ they should have received and what their outputs should be.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -71,6 +72,8 @@ class TextBatches:
         self.num_ranks, self.num_tokens, self.seed = num_ranks, num_tokens, seed
         self.vocabulary = list(number)[:max_words]
         self.word_idx = torch.tensor(numbers) % max_words
+        # The judge of a step asks for the same words again and again.
+        self._read = functools.lru_cache(maxsize=4)(self._read_words)
 
     @property
     def num_words(self) -> int:
@@ -88,7 +91,7 @@ class TextBatches:
         num_read = self.num_ranks * self.num_tokens
         return self._read(step * num_read, num_read).view(self.num_ranks, self.num_tokens)
 
-    def _read(self, first: int, num_read: int) -> torch.Tensor:
+    def _read_words(self, first: int, num_read: int) -> torch.Tensor:
         """So many words, from the one that is read as number ``first`` since the drill began."""
         number = torch.arange(first, first + num_read)
         num_positions = len(self.word_idx)
