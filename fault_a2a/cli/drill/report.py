@@ -1,0 +1,309 @@
+"""From what the ranks told to the drill's answer: how long everything took, and whether every promise held."""
+
+from __future__ import annotations
+
+import os
+import statistics
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from fault_a2a.cli.drill.options import Drill
+from fault_a2a.cli.drill.story import (
+    EVICTED,
+    FAILED,
+    FINISHED,
+    SUSPENDED,
+    EvidenceTold,
+    FaultStory,
+    StepTold,
+    Story,
+    ViewTold,
+)
+
+# Between the signal that wakes a rank and its first beat; what is found in this time is still about the stop.
+WAKING_NS = 250_000_000
+# A stop far shorter than the silence timeout must cost nobody, one far longer must cost the rank; between, either may.
+CERTAIN_STAY, CERTAIN_GO, GO_MARGIN_MS = 0.5, 1.5, 500
+
+
+@dataclass(frozen=True)
+class Times:
+    """What one fault cost, in milliseconds since it struck; ``None``: it did not come to that."""
+
+    detect_ms: float | None = None
+    agree_ms: float | None = None
+    first_good_step_ms: float | None = None
+
+
+def report(drill: Drill, story: Story, notes: Iterable[str] = ()) -> dict[str, Any]:
+    """The JSON of ``fault-a2a drill``. ``notes``: further problems, found outside of the ranks."""
+    judged = _Judged(drill, story)
+    faults = [judged.fault_line(one) for one in story.faults]
+    steps = [step for one in story.ranks for step in one.steps]
+    problems = [*notes, *judged.problems()]
+    return {
+        "ranks": drill.ranks,
+        "survivors": list(judged.survivors),
+        "evicted": list(judged.evicted),
+        "epochs": judged.last_view.epoch if judged.last_view else 0,
+        "steps_completed": judged.steps_completed,
+        "detect_ms": _worst(faults, "detect_ms"),
+        "agree_ms": _worst(faults, "agree_ms"),
+        "first_good_step_ms": _worst(faults, "first_good_step_ms"),
+        "tokens_total": len(steps) * drill.tokens,
+        "choices_total": len(steps) * drill.tokens * drill.topk,
+        "choices_lost": sum(sum(step.lost_on.values()) for step in steps),
+        "choices_unroutable": sum(step.num_unroutable for step in steps),
+        "choices_repaired": 0,
+        "choices_lost_between_live_ranks": judged.lost_between_live_ranks,
+        "corrupt_rows": judged.corrupt_rows,
+        "false_suspicions": len(judged.false_suspicions),
+        "accounting_exact": judged.accounting_exact,
+        "bit_exact_with_healthy_run": None,
+        "views_agree": judged.views_agree,
+        "ok": not problems,
+        "problems": problems,
+        "faults": faults,
+        "views": judged.view_lines(),
+        "step_ms": _step_ms(steps),
+        "load_average": [round(load, 2) for load in os.getloadavg()],
+        "seed": drill.seed,
+        "seconds": round((story.ended_ns - story.began_ns) / 1e9, 3),
+    }
+
+
+def _worst(faults: list[dict[str, Any]], key: str) -> float | None:
+    return max((line[key] for line in faults if line[key] is not None), default=None)
+
+
+def _step_ms(steps: list[StepTold]) -> dict[str, float] | None:
+    if not steps:
+        return None
+    latencies = sorted(step.latency_us / 1000 for step in steps)
+    return {
+        "median": round(statistics.median(latencies), 3),
+        "p95": round(latencies[int(0.95 * (len(latencies) - 1))], 3),
+        "worst": round(latencies[-1], 3),
+    }
+
+
+class _Judged:
+    """A story with everything that follows from it."""
+
+    def __init__(self, drill: Drill, story: Story) -> None:
+        self.drill, self.story = drill, story
+        views = [view for one in story.ranks for view in one.views]
+        self.last_view: ViewTold | None = max(views, key=lambda view: view.epoch, default=None)
+        self.survivors = self.last_view.active if self.last_view else ()
+        self.evicted = tuple(one.rank for one in story.ranks if one.rank not in self.survivors) if views else ()
+        self.living = [story.ranks[rank] for rank in self.survivors if story.ranks[rank].told_all]
+        self.happened = [one for one in story.faults if one.happened]
+        self.hit = {rank for one in self.happened for rank in one.fault.ranks}
+        finished = [story.ranks[rank] for rank in self.survivors]
+        self.steps_completed = min((len(one.steps) for one in finished), default=0)
+        self.corrupt_rows = sum(step.num_corrupt for one in story.ranks for step in one.steps)
+        steps = [step for one in story.ranks for step in one.steps]
+        self.accounting_exact = bool(steps) and all(step.exact for step in steps)
+        self.views_agree = self._views_agree(views)
+        self.false_suspicions = list(self._false_suspicions())
+        self.lost_between_live_ranks = self._lost_between_live_ranks()
+
+    # -- views -------------------------------------------------------------------------------------------------------
+
+    def _views_agree(self, views: list[ViewTold]) -> bool:
+        contents: dict[int, set[object]] = {}
+        for view in views:
+            contents.setdefault(view.epoch, set()).add(view.content)
+        return bool(views) and all(len(found) == 1 for found in contents.values())
+
+    def view_lines(self) -> list[dict[str, Any]]:
+        """Each view once, as the lowest rank that told it."""
+        first: dict[int, ViewTold] = {}
+        for one in self.story.ranks:
+            for view in one.views:
+                first.setdefault(view.epoch, view)
+        return [
+            {"epoch": epoch, "active": list(view.active), "first_round": view.first_round, "reason": view.reason}
+            for epoch, view in sorted(first.items())
+        ]
+
+    # -- times -------------------------------------------------------------------------------------------------------
+
+    def struck_at_ns(self, told: FaultStory) -> int | None:
+        """The instant of a fault: of a kill at a phase, the word that the victim wrote right before it."""
+        if told.at_ns is not None:
+            return told.at_ns
+        words = [one.fault_at_ns.get(told.fault.rank, 0) for one in self.living]
+        return max(words, default=0) or None
+
+    def lost_rank(self, told: FaultStory) -> int | None:
+        """Whom the fault cost its place in the group."""
+        gone = [rank for rank in told.fault.ranks if rank in self.evicted]
+        return gone[0] if gone else None
+
+    def times(self, told: FaultStory) -> Times:
+        at_ns, victim = self.struck_at_ns(told), self.lost_rank(told)
+        if at_ns is None or victim is None:
+            return Times()
+        detected, agreed, good = [], [], []
+        for one in self.living:
+            view = next((view for view in one.views if victim not in view.active), None)
+            if view is None:
+                continue
+            found = [
+                evidence.at_ns
+                for evidence in one.evidence
+                if evidence.rank == victim and evidence.kind != "left" and evidence.at_ns >= at_ns
+            ]
+            agreed.append(view.installed_at_ns)
+            # Who learnt it from the others has no evidence of its own: it dropped the rank with the view.
+            detected.append(min([*found, view.installed_at_ns]))
+            in_view = (step.end_ns for step in one.steps if step.round_number >= view.first_round and not step.lost_on)
+            good += [min(in_view, default=0)]
+        return Times(*(_since_ms(at_ns, [end for end in ends if end]) for ends in (detected, agreed, good)))
+
+    def fault_line(self, told: FaultStory) -> dict[str, Any]:
+        victim, times = self.lost_rank(told), self.times(told)
+        kinds: dict[str, int] = {}
+        for one in self.living:
+            for evidence in one.evidence:
+                if evidence.rank == victim and evidence.kind != "left":
+                    kinds[evidence.kind] = kinds.get(evidence.kind, 0) + 1
+        return {
+            "fault": str(told.fault),
+            "kind": told.fault.kind,
+            "rank": told.fault.rank,
+            "peer": told.fault.peer,
+            "step": told.fault.step,
+            "phase": told.fault.armed_phase,
+            "happened": told.happened,
+            "evicted": victim,
+            "evidence": kinds,
+            "detect_ms": times.detect_ms,
+            "agree_ms": times.agree_ms,
+            "first_good_step_ms": times.first_good_step_ms,
+        }
+
+    # -- promises ----------------------------------------------------------------------------------------------------
+
+    def _false_suspicions(self) -> Iterator[str]:
+        accused = set()
+        for one in self.story.ranks:
+            for evidence in one.evidence:
+                if evidence.kind != "left" and not self._justified(one.rank, evidence):
+                    accused.add(evidence.rank)
+                    yield f"rank {one.rank} suspected rank {evidence.rank} ({evidence.kind}), which was well"
+        for rank in self.evicted:
+            if rank not in self.hit | accused and self.story.ranks[rank].state != FAILED:
+                yield f"rank {rank} was evicted, and no fault had struck it"
+
+    def _justified(self, accuser: int, evidence: EvidenceTold) -> bool:
+        accused = self.story.ranks[evidence.rank]
+        if evidence.kind == "exit" and accused.state in (FAILED, EVICTED, SUSPENDED) and not accused.ended_by_drill:
+            return True  # it did end, for a reason that is judged elsewhere
+        return any(self._explains(told, accuser, evidence) for told in self.happened)
+
+    def _explains(self, told: FaultStory, accuser: int, evidence: EvidenceTold) -> bool:
+        at_ns, fault = self.struck_at_ns(told), told.fault
+        if at_ns is None or evidence.at_ns < at_ns:
+            return False
+        if fault.kind == "cut":
+            return {accuser, evidence.rank} == set(fault.ranks)
+        if evidence.rank != fault.rank:
+            return False
+        return fault.kind == "kill" or told.woken_ns is None or evidence.at_ns <= told.woken_ns + WAKING_NS
+
+    def _lost_between_live_ranks(self) -> int:
+        """Choices that one rank lost on another although neither was struck: a fault costs nobody else's rows."""
+        well = [one for one in self.story.ranks if one.rank not in self.hit and one.state != FAILED]
+        names = {one.rank for one in well}
+        return sum(count for one in well for step in one.steps for rank, count in step.lost_on.items() if rank in names)
+
+    def problems(self) -> list[str]:
+        """Every promise that did not hold, in sentences."""
+        return [
+            *self._rank_problems(),
+            *self._fault_problems(),
+            *self.false_suspicions,
+            *self._total_problems(),
+        ]
+
+    def _rank_problems(self) -> Iterator[str]:
+        yield from self.story.stuck
+        for one in self.story.ranks:
+            if one.state == FAILED:
+                yield f"rank {one.rank} failed: {_last_line(one.why) or 'no reason told'}"
+            elif one.state == SUSPENDED:
+                yield f"rank {one.rank} could not go on: {one.why}"
+            elif one.rank in self.survivors and (one.state != FINISHED or not one.ended_well):
+                yield f"rank {one.rank} is in the last view and ended as {one.state} in step {one.next_step}"
+            elif one.state == FINISHED and one.rank not in self.survivors:
+                yield f"rank {one.rank} completed its steps although the last view is without it"
+            elif one.state == EVICTED and not one.ended_well:
+                yield f"rank {one.rank} was evicted and did not end by itself"
+            if self.last_view and one in self.living and one.epoch != self.last_view.epoch:
+                yield f"rank {one.rank} never came to epoch {self.last_view.epoch}"
+
+    def _fault_problems(self) -> Iterator[str]:
+        for told in self.story.faults:
+            fault = told.fault
+            gone = [rank for rank in fault.ranks if rank in self.evicted]
+            if not told.happened:
+                yield f"the fault '{fault}' did not happen"
+            elif not gone and self._must_go(told):
+                yield f"nobody was evicted for the fault '{fault}'"
+            elif gone and self._must_stay(told):
+                yield f"rank {fault.rank} was evicted for a stop of {fault.duration_ms} ms"
+            elif len(gone) > 1 and not any(self._explained_otherwise(told, rank) for rank in gone):
+                yield f"one cut link cost two ranks: {fault.rank} and {fault.peer}"
+            elif fault.kind == "stop" and gone and self.story.ranks[fault.rank].state != EVICTED:
+                yield f"rank {fault.rank} was evicted and woken, and did not end with RankEvictedError"
+
+    def _explained_otherwise(self, told: FaultStory, rank: int) -> bool:
+        return any(rank in other.fault.ranks for other in self.happened if other is not told)
+
+    def _must_go(self, told: FaultStory) -> bool:
+        duration_ms = told.fault.duration_ms
+        if duration_ms is None:
+            return True
+        steps = self.story.ranks[told.fault.rank].steps
+        # A stop from outside may fall behind the rank's last signal, and then nobody waits for it.
+        done = sum(step.end_ns < (told.at_ns or 0) for step in steps)
+        needed = told.fault.armed_phase is not None or done < self.drill.steps - 1
+        return needed and duration_ms > CERTAIN_GO * self.drill.silence_ms + GO_MARGIN_MS
+
+    def _must_stay(self, told: FaultStory) -> bool:
+        duration_ms = told.fault.duration_ms
+        short = duration_ms is not None and duration_ms <= CERTAIN_STAY * self.drill.silence_ms
+        return short and not self._explained_otherwise(told, told.fault.rank)
+
+    def _total_problems(self) -> Iterator[str]:
+        if self.last_view is None:
+            yield "no rank told of a view: the group was never built"
+        elif not self.views_agree:
+            yield "ranks installed different views for one epoch"
+        if self.corrupt_rows:
+            yield f"{self.corrupt_rows} received rows are corrupt"
+        if not self.accounting_exact:
+            yield from self._inexact()
+        if self.lost_between_live_ranks:
+            yield f"{self.lost_between_live_ranks} choices were lost between ranks that no fault struck"
+        if self.steps_completed < self.drill.steps:
+            yield f"only {self.steps_completed} of {self.drill.steps} steps were completed by all survivors"
+        if self.story.leftovers:
+            yield f"shared memory was left behind: {', '.join(self.story.leftovers[:4])}"
+
+    def _inexact(self) -> Iterator[str]:
+        wrong = [one for one in self.story.ranks if not all(step.exact for step in one.steps)]
+        yield from (f"rank {one.rank}, {one.why}" for one in wrong)
+        if not wrong:
+            yield "no step was completed, so nothing was accounted for"
+
+
+def _since_ms(at_ns: int, ends_ns: list[int]) -> float | None:
+    return round((max(ends_ns) - at_ns) / 1e6, 3) if ends_ns else None
+
+
+def _last_line(text: str) -> str:
+    return text.strip().splitlines()[-1] if text.strip() else ""

@@ -1,0 +1,203 @@
+"""What a drill's parent has learnt so far about its ranks and faults, message by message."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+from fault_a2a.cli.drill.faults import Fault
+
+# What a rank's process is doing. The first four may still change.
+STARTING, RUNNING, STOPPED, FINISHED = "starting", "running", "stopped", "finished"
+EVICTED, SUSPENDED, FAILED, DEAD = "evicted", "suspended", "failed", "dead"
+ENDED = (EVICTED, SUSPENDED, FAILED, DEAD)
+
+Message = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class StepTold:
+    """One step of one rank. Times are CLOCK_MONOTONIC ns."""
+
+    step: int
+    round_number: int
+    end_ns: int
+    latency_us: int
+    lost_on: dict[int, int]
+    num_unroutable: int
+    num_corrupt: int
+    exact: bool
+
+
+@dataclass(frozen=True)
+class EvidenceTold:
+    """What a rank found against a peer."""
+
+    rank: int
+    kind: str
+    at_ns: int
+
+
+@dataclass(frozen=True)
+class ViewTold:
+    """A view as one rank installed it."""
+
+    epoch: int
+    active: tuple[int, ...]
+    first_round: int
+    incarnations: tuple[int, ...]
+    reason: str
+    installed_at_ns: int
+
+    @property
+    def content(self) -> tuple[object, ...]:
+        """What must be the same on every rank."""
+        return self.active, self.first_round, self.incarnations
+
+
+@dataclass
+class RankStory:
+    """One rank: what it told, and what the operating system says of its process."""
+
+    rank: int
+    pid: int = 0
+    state: str = STARTING
+    steps: list[StepTold] = field(default_factory=list)
+    evidence: list[EvidenceTold] = field(default_factory=list)
+    views: list[ViewTold] = field(default_factory=list)
+    fault_at_ns: dict[int, int] = field(default_factory=dict)  # of each rank, the word that it left behind
+    suspects: list[int] = field(default_factory=list)
+    epoch: int = 0
+    round_number: int = 0
+    why: str = ""  # the error it ended with, or what is wrong with a step
+    told_all: bool = False  # its last message has come
+    exit_status: int | None = None  # as of waitpid
+    ended_by_drill: bool = False  # the drill killed it to be rid of it
+    last_words: str = ""  # what it wrote to stderr
+    ready_ns: int = 0
+    news_ns: int = 0
+
+    @property
+    def alive(self) -> bool:
+        return self.exit_status is None
+
+    @property
+    def next_step(self) -> int:
+        return self.steps[-1].step + 1 if self.steps else 0
+
+    @property
+    def ended_well(self) -> bool:
+        return self.exit_status is not None and os.waitstatus_to_exitcode(self.exit_status) == 0
+
+
+@dataclass
+class FaultStory:
+    """One fault: whether and when it struck. ``at_ns`` of an armed one is known only once a survivor has told it."""
+
+    fault: Fault
+    at_ns: int | None = None
+    happened: bool = False
+    woken_ns: int | None = None
+    cut_ends: set[int] = field(default_factory=set)
+
+
+@dataclass
+class Story:
+    """The whole drill."""
+
+    ranks: list[RankStory]
+    faults: list[FaultStory]
+    began_ns: int = 0
+    ended_ns: int = 0
+    stuck: list[str] = field(default_factory=list)
+    leftovers: list[str] = field(default_factory=list)
+    _views_seen: set[int] = field(default_factory=set)
+    _suspected: set[tuple[int, str]] = field(default_factory=set)
+
+    def hear(self, rank: int, message: Message, now_ns: int) -> list[str]:
+        """Takes a rank's message; returns what is worth telling a person, in sentences."""
+        story = self.ranks[rank]
+        story.news_ns = now_ns
+        told = getattr(self, f"_hear_{message['is']}")(story, message)
+        return list(told or [])
+
+    def _hear_ready(self, story: RankStory, message: Message) -> None:
+        story.state, story.ready_ns, story.round_number = RUNNING, message["at"], message["round"]
+
+    def _hear_begin(self, story: RankStory, message: Message) -> None:
+        pass  # the parent aims by it
+
+    def _hear_step(self, story: RankStory, message: Message) -> list[str]:
+        lost_on = {int(rank): count for rank, count in message["lost_on"].items()}
+        step = StepTold(
+            step=message["step"],
+            round_number=message["round"],
+            end_ns=message["at"],
+            latency_us=message["us"],
+            lost_on=lost_on,
+            num_unroutable=message["unroutable"],
+            num_corrupt=message["corrupt"],
+            exact=message["exact"],
+        )
+        story.steps.append(step)
+        story.state, story.round_number = RUNNING, step.round_number + 1
+        if step.exact and not step.num_corrupt:
+            return []
+        story.why = f"step {step.step}: {message['why'] or f'{step.num_corrupt} corrupt rows'}"
+        return [f"rank {story.rank}, {story.why}"]
+
+    def _hear_seen(self, story: RankStory, message: Message) -> list[str]:
+        sentences = []
+        story.suspects = message["suspects"]
+        for rank, kind, at_ns in message["evidence"]:
+            story.evidence.append(EvidenceTold(rank, kind, at_ns))
+            if (rank, kind) not in self._suspected and kind != "left":
+                self._suspected.add((rank, kind))
+                sentences.append(f"rank {story.rank} drops rank {rank}: {EVIDENCE_MEANS.get(kind, kind)}")
+        for view in message["views"]:
+            told = ViewTold(**{**view, "active": tuple(view["active"]), "incarnations": tuple(view["incarnations"])})
+            story.views.append(told)
+            story.epoch = max(story.epoch, told.epoch)
+            if told.epoch not in self._views_seen:
+                self._views_seen.add(told.epoch)
+                if told.epoch:
+                    active = " ".join(map(str, told.active))
+                    sentences.append(f"epoch {told.epoch} begins with ranks {active}: {told.reason}")
+        return sentences
+
+    def _hear_fault(self, story: RankStory, message: Message) -> list[str]:
+        """Of a cut end, or of a rank that lived through its own fault."""
+        for one in self.faults:
+            fault = one.fault
+            if fault.step != message["step"] or story.rank not in fault.ranks or fault.kind != message["kind"]:
+                continue
+            if fault.kind == "cut" and fault.peer is not None:
+                if message["peer"] not in fault.ranks:
+                    continue
+                one.cut_ends.add(story.rank)
+                one.happened = len(one.cut_ends) == 2
+            if message["at"]:
+                one.at_ns = min(one.at_ns or message["at"], message["at"])
+            if one.happened and fault.kind == "cut":
+                return [f"the link between ranks {fault.rank} and {fault.peer} is cut in step {fault.step}"]
+        return []
+
+    def _hear_end(self, story: RankStory, message: Message) -> list[str]:
+        story.state, story.why = message["how"], message["why"] or story.why
+        if story.state == FINISHED:
+            return []
+        return [f"rank {story.rank} ends as {story.state}: {story.why.strip().splitlines()[-1]}"]
+
+    def _hear_final(self, story: RankStory, message: Message) -> None:
+        story.fault_at_ns = {rank: at_ns for rank, at_ns in enumerate(message["fault_at_ns"]) if at_ns}
+        story.suspects, story.told_all = message["suspects"], True
+
+
+EVIDENCE_MEANS = {
+    "exit": "its process is gone",
+    "silence": "it has not shown that it lives for too long",
+    "stall": "it lives and does not move on",
+    "link": "what it sent never came",
+    "left": "it said goodbye",
+}
