@@ -17,7 +17,7 @@ CPP_FILES = $(shell find csrc kernels tests/native -name '*.[ch]pp' -o -name '*.
 .DELETE_ON_ERROR:
 
 drill: build
-	$(VENV)/bin/fault-a2a drill $(ARGS)
+	$(VENV)/bin/fault-a2a drill $(or $(ARGS),--kill 3@50)
 
 test: build
 	$(PY) -m pytest $(ARGS)

@@ -1,0 +1,350 @@
+"""The drill's parent: forks the ranks, hosts their store, strikes from outside, listens, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import heapq
+import json
+import os
+import select
+import signal
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+import torch
+import torch.distributed
+
+from fault_a2a._core import core
+from fault_a2a.cli.drill.rank import GROUP_NAME, Pipes, Work, run_rank
+from fault_a2a.cli.drill.story import DEAD, ENDED, FAILED, FINISHED, STOPPED, FaultStory, RankStory, Story
+from fault_a2a.group import Group
+
+_LOOK_S = 0.02  # how often the parent looks at its children while no message comes
+_SPIN_NS = 2_000_000  # before an aimed signal the parent stays awake
+_PATIENCE_S = 60.0  # beyond the timeouts: a loaded machine is no hang
+_LAST_WORDS = 4000  # characters of a rank's stderr
+_SHARED_MEMORY = Path("/dev/shm")
+
+
+class Screen(Protocol):
+    """Who watches the drill."""
+
+    live: bool
+
+    def say(self, sentence: str, now_ns: int) -> None: ...
+    def refresh(self, story: Story, now_ns: int) -> None: ...
+
+
+@dataclass
+class _Child:
+    """The parent's ends of a rank's pipes, and the file that takes its stderr."""
+
+    told_fd: int
+    orders_fd: int
+    words: IO[bytes]
+    unread: bytes = b""
+    open: bool = True
+
+
+@dataclass(order=True)
+class _Due:
+    at_ns: int
+    do: Callable[[], None] = field(compare=False)
+
+
+def conduct(work: Work, screen: Screen) -> Story:
+    """Runs a drill to its end, whatever that is, and returns what was learnt. Bounded; every process is gone then.
+
+    Raises:
+        RuntimeError: this process has several threads, so it cannot fork safely.
+    """
+    num_threads = len(os.listdir("/proc/self/task"))
+    if num_threads != 1:
+        raise RuntimeError(
+            f"a drill forks its ranks, and this process has {num_threads} threads; run it as a command of its own"
+        )
+    _resolve_names_locally()
+    parent = _Parent(work, screen)
+    try:
+        parent.run()
+    finally:
+        parent.clean_up()
+    return parent.story
+
+
+def _resolve_names_locally() -> None:
+    """Keeps this process and its ranks from asking a name server who ::ffff:127.0.0.1 is.
+
+    The store's server and clients do that for every connection, and where no name server answers each question costs
+    five seconds. glibc only; elsewhere the drill is merely slower to start.
+    """
+    configure = getattr(ctypes.CDLL(None), "__nss_configure_lookup", None)
+    if configure is not None:
+        configure(b"hosts", b"files")
+
+
+class _Parent:
+    def __init__(self, work: Work, screen: Screen) -> None:
+        self.drill, self.work, self.screen = work.drill, work, screen
+        self.story = Story(
+            ranks=[RankStory(rank) for rank in range(self.drill.ranks)],
+            faults=[FaultStory(fault) for fault in self.drill.faults],
+            began_ns=core.now_ns(),
+        )
+        self.children: list[_Child] = []
+        self.due: list[_Due] = []
+        self.store: Any = None
+        self.ending = ""  # what the finished ranks were told last: "", "settle" or "close"
+
+    def run(self) -> None:
+        for rank in range(self.drill.ranks):
+            self._fork(rank)
+        # After the forks: the store's server is a thread.
+        self.store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        for rank in range(self.drill.ranks):
+            self._order(rank, f"store {self.store.port}")
+        quiet_since_ns = core.now_ns()
+        patience_ns = int((_PATIENCE_S + self.drill.longest_wait_ms / 1000) * 1e9)
+        while any(one.alive for one in self.story.ranks):
+            if self._turn():
+                quiet_since_ns = core.now_ns()
+            if core.now_ns() - quiet_since_ns > patience_ns:
+                self._give_up(patience_ns)
+                break
+            self._end_together()
+            self.screen.refresh(self.story, core.now_ns())
+        self.story.ended_ns = core.now_ns()
+
+    # -- processes ---------------------------------------------------------------------------------------------------
+
+    def _fork(self, rank: int) -> None:
+        told_read, told_write = os.pipe()
+        orders_read, orders_write = os.pipe()
+        words = tempfile.TemporaryFile()  # noqa: SIM115 (closed in clean_up)
+        parent_pid = os.getpid()
+        gc.freeze()  # what the ranks share stays shared
+        pid = os.fork()
+        if pid == 0:
+            try:
+                for one in self.children:  # a pipe ends only when nobody holds its other end
+                    os.close(one.told_fd)
+                    os.close(one.orders_fd)
+                os.close(told_read)
+                os.close(orders_write)
+                os.dup2(words.fileno(), 1)
+                os.dup2(words.fileno(), 2)
+                run_rank(rank, self.work, Pipes(told_write, orders_read), parent_pid, self.screen.live)
+            finally:
+                os._exit(1)  # never back into the parent's code
+        os.close(told_write)
+        os.close(orders_read)
+        os.set_blocking(told_read, False)
+        self.children.append(_Child(told_read, orders_write, words))
+        self.story.ranks[rank].pid = pid
+
+    def _order(self, rank: int, line: str) -> None:
+        try:
+            os.write(self.children[rank].orders_fd, line.encode() + b"\n")
+        except BrokenPipeError:
+            pass  # it died; waitpid says how
+
+    def _signal(self, rank: int, number: int) -> bool:
+        """False: the process is gone. A reaped pid may belong to somebody else by now."""
+        one = self.story.ranks[rank]
+        if not one.alive:
+            return False
+        os.kill(one.pid, number)
+        return True
+
+    # -- one turn ----------------------------------------------------------------------------------------------------
+
+    def _turn(self) -> bool:
+        """Waits for news at most until something is due. True: there was some."""
+        wait_s = _LOOK_S
+        if self.due:
+            wait_s = min(wait_s, max(self.due[0].at_ns - core.now_ns() - _SPIN_NS, 0) / 1e9)
+        pipes = select.poll()
+        for one in self.children:
+            if one.open:
+                pipes.register(one.told_fd, select.POLLIN)
+        if not self._aiming():  # a parent that every line wakes would take the processor from the ranks it watches
+            time.sleep(wait_s)
+            wait_s = 0
+        ready = {fd for fd, _ in pipes.poll(int(wait_s * 1000))}
+        heard = [self._hear(rank) for rank, one in enumerate(self.children) if one.told_fd in ready]
+        acted = self._act()
+        reaped = [self._reap(one) for one in self.story.ranks if one.alive]
+        return any(heard) or acted or any(reaped)
+
+    def _hear(self, rank: int) -> bool:
+        child = self.children[rank]
+        try:
+            data = os.read(child.told_fd, 1 << 16)
+        except BlockingIOError:
+            return False
+        if not data:
+            child.open = False
+            return False
+        *lines, child.unread = (child.unread + data).split(b"\n")
+        now_ns = core.now_ns()
+        for line in lines:
+            message = json.loads(line)
+            for sentence in self.story.hear(rank, message, now_ns):
+                self.screen.say(sentence, now_ns)
+            if message["is"] == "begin":
+                self._aim(rank, message["step"], message["at"])
+        return True
+
+    def _reap(self, one: RankStory) -> bool:
+        pid, status = os.waitpid(one.pid, os.WNOHANG | os.WUNTRACED)
+        if pid == 0:
+            return False
+        while self.children[one.rank].open and self._hear(one.rank):
+            pass  # its last lines may still be in the pipe
+        if os.WIFSTOPPED(status):
+            self._note_stop(one)
+            return True
+        one.exit_status = status
+        if os.WIFSIGNALED(status):
+            self._note_death(one, os.WTERMSIG(status))
+        elif one.state not in (FINISHED, *ENDED):
+            one.state, one.why = FAILED, one.why or f"it ended with exit code {os.WEXITSTATUS(status)}"
+        return True
+
+    # -- faults ------------------------------------------------------------------------------------------------------
+
+    def _aim(self, rank: int, step: int, began_ns: int) -> None:
+        for one in self.story.faults:
+            fault = one.fault
+            if fault.rank == rank and fault.step == step and fault.after_us is not None:
+                at_ns = began_ns + fault.after_us * 1000
+                heapq.heappush(self.due, _Due(at_ns, partial(self._strike, one)))
+
+    def _aiming(self) -> bool:
+        """Some rank's next step may begin with a signal from here."""
+        return any(one.fault.after_us is not None and one.at_ns is None for one in self.story.faults)
+
+    def _strike(self, told: FaultStory) -> None:
+        fault = told.fault
+        at_ns = core.now_ns()
+        if not self._signal(fault.rank, signal.SIGKILL if fault.kind == "kill" else signal.SIGSTOP):
+            return
+        told.at_ns = at_ns
+
+    def _act(self) -> bool:
+        """Does what is due; stays awake for what is nearly due."""
+        acted = False
+        while self.due and self.due[0].at_ns - core.now_ns() < _SPIN_NS:
+            one = heapq.heappop(self.due)
+            while core.now_ns() < one.at_ns:
+                pass
+            one.do()
+            acted = True
+        return acted
+
+    def _note_stop(self, one: RankStory) -> None:
+        told = self._next_fault(one.rank, "stop")
+        state, one.state = one.state, STOPPED
+        if told is None or told.fault.duration_ms is None:
+            return
+        told.happened = True
+        self.screen.say(f"rank {one.rank} is stopped in step {told.fault.step} (SIGSTOP)", core.now_ns())
+        since_ns = told.at_ns or core.now_ns()
+        heapq.heappush(self.due, _Due(since_ns + told.fault.duration_ms * 1_000_000, partial(self._wake, told, state)))
+
+    def _wake(self, told: FaultStory, state: str) -> None:
+        one = self.story.ranks[told.fault.rank]
+        told.woken_ns = core.now_ns()
+        if self._signal(one.rank, signal.SIGCONT):
+            one.state = state
+            self.screen.say(f"rank {one.rank} is woken (SIGCONT)", told.woken_ns)
+
+    def _note_death(self, one: RankStory, number: int) -> None:
+        told = self._next_fault(one.rank, "kill")
+        if number == signal.SIGKILL and told is not None and not one.ended_by_drill:
+            told.happened = True
+            one.state, one.why = DEAD, f"killed in step {told.fault.step}"
+            where = told.fault.armed_phase
+            where = f"at {where}" if where else f"{told.fault.after_us} us after it began"
+            self.screen.say(f"rank {one.rank} is killed in step {told.fault.step}, {where} (SIGKILL)", core.now_ns())
+        elif not one.ended_by_drill:
+            one.state, one.why = FAILED, f"it died of {signal.Signals(number).name}"
+
+    def _next_fault(self, rank: int, kind: str) -> FaultStory | None:
+        told = (one for one in self.story.faults if one.fault.rank == rank and one.fault.kind == kind)
+        return next((one for one in told if not one.happened), None)
+
+    # -- the end -----------------------------------------------------------------------------------------------------
+
+    def _end_together(self) -> None:
+        """Finished ranks wait until all have ended, so that no leave is taken for a fault."""
+        alive = [one for one in self.story.ranks if one.alive]
+        if self.ending == "" and not self._striking() and all(one.state in (FINISHED, *ENDED) for one in alive):
+            dead = " ".join(str(one.rank) for one in self.story.ranks if one.state in (DEAD, FAILED))
+            self._tell_finished(f"settle {dead}")
+            self.ending = "settle"
+        elif self.ending == "settle" and all(one.told_all for one in alive):
+            self._tell_finished("close")
+            self.ending = "close"
+
+    def _striking(self) -> bool:
+        """A signal is due, or under way to a process that has not felt it yet."""
+        sent = [one for one in self.story.faults if one.at_ns and one.fault.after_us is not None and not one.happened]
+        return bool(self.due) or any(self.story.ranks[one.fault.rank].alive for one in sent)
+
+    def _tell_finished(self, line: str) -> None:
+        for one in self.story.ranks:
+            if one.alive and one.state == FINISHED:
+                self._order(one.rank, line)
+
+    def _give_up(self, patience_ns: int) -> None:
+        """Nothing was heard for too long: asks every rank where it stands."""
+        for one in self.story.ranks:
+            if one.alive and one.state != STOPPED:
+                self._signal(one.rank, signal.SIGUSR1)
+        time.sleep(0.5)
+        for one in self.story.ranks:
+            if one.alive:
+                self.story.stuck.append(
+                    f"rank {one.rank} is {one.state} in step {one.next_step} and said nothing for "
+                    f"{(core.now_ns() - one.news_ns) / 1e9:.0f} s: {self._read_words(one.rank).strip()[-_LAST_WORDS:]}"
+                )
+        self.screen.say(f"nothing was heard from any rank for {patience_ns / 1e9:.0f} s", core.now_ns())
+
+    def clean_up(self) -> None:
+        """Kills by process id what still runs, and forgets what it may have left in shared memory."""
+        self.story.ended_ns = self.story.ended_ns or core.now_ns()
+        for one in self.story.ranks:
+            if one.alive and one.pid:
+                one.ended_by_drill = True
+                os.kill(one.pid, signal.SIGKILL)
+                one.exit_status = os.waitpid(one.pid, 0)[1]
+        self.story.leftovers = self._unlink_leftovers()
+        for rank, child in enumerate(self.children):
+            self.story.ranks[rank].last_words = self._read_words(rank)
+            os.close(child.told_fd)
+            os.close(child.orders_fd)
+            child.words.close()
+        self.children.clear()
+        self.store = None
+
+    def _read_words(self, rank: int) -> str:
+        fd = self.children[rank].words.fileno()
+        return os.pread(fd, os.fstat(fd).st_size, 0).decode(errors="replace")  # the rank may still write: no seek
+
+    def _unlink_leftovers(self) -> list[str]:
+        """Removes this group's names of shared memory, and returns them. There are none once all ranks have opened."""
+        key = Group(self.store, 0, self.drill.ranks, name=GROUP_NAME).key("start", 0)
+        if self.store is None or not self.store.check([key]):
+            return []
+        token = bytes(self.store.get(key)).decode().split()[1]
+        found = sorted(path.name for path in _SHARED_MEMORY.glob(f"fa2a-{token}-*"))
+        for name in found:
+            (_SHARED_MEMORY / name).unlink(missing_ok=True)
+        return found

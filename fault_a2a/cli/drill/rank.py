@@ -1,0 +1,260 @@
+"""One rank of a drill: a forked process that runs the layer's steps, judges them, and tells the parent in JSON."""
+
+from __future__ import annotations
+
+import ctypes
+import faulthandler
+import json
+import os
+import random
+import signal
+import sys
+import threading
+import time
+import traceback
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+import torch.distributed
+
+import fault_a2a
+from fault_a2a._core import core
+from fault_a2a.buffer import Buffer
+from fault_a2a.cli.drill import story
+from fault_a2a.cli.drill.judge import Judge
+from fault_a2a.cli.drill.model import Expectation, MoELayer
+from fault_a2a.cli.drill.options import Drill
+
+if TYPE_CHECKING:
+    from fault_a2a.buffer import Received
+    from fault_a2a.membership import View
+
+GROUP_NAME = "drill"
+SETTLE_S = 10.0  # for the last view changes, once all steps are done
+LIVE_POLL_S = 0.1
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True)
+class Work:
+    """What the parent computed once; its pages are shared by the fork."""
+
+    drill: Drill
+    layer: MoELayer
+    expectation: Expectation
+
+
+class Pipes:
+    """The two pipes of a rank: lines of JSON to the parent, lines of text from it."""
+
+    def __init__(self, told_fd: int, orders_fd: int) -> None:
+        self._told_fd = told_fd
+        self._orders = os.fdopen(orders_fd, "r")
+        self._lock = threading.Lock()
+
+    def tell(self, what: str, **fields: Any) -> None:
+        line = json.dumps({"is": what, **fields}, separators=(",", ":")).encode() + b"\n"
+        with self._lock:
+            while line:
+                line = line[os.write(self._told_fd, line) :]
+
+    def order(self, expected: str) -> str:
+        """Waits for the parent's next line, and returns what stands behind ``expected`` in it."""
+        line = self._orders.readline()
+        word, _, rest = line.strip().partition(" ")
+        if word != expected:
+            raise RuntimeError(f"the parent said {line.strip()!r}, not {expected!r}: it is gone or confused")
+        return rest
+
+
+def run_rank(rank: int, work: Work, pipes: Pipes, parent_pid: int, live: bool) -> NoReturn:
+    """The life of a forked rank. Ends the process, whatever happens."""
+    status = 1
+    try:
+        _die_with_the_parent(parent_pid)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        faulthandler.register(signal.SIGUSR1, all_threads=True)
+        store = torch.distributed.TCPStore("127.0.0.1", int(pipes.order("store")), is_master=False)
+        DrillRank(rank, work, store, pipes, live).run()
+        status = 0
+    except BaseException:
+        text = traceback.format_exc()
+        print(text, file=sys.stderr, flush=True)
+        try:
+            pipes.tell("end", how=story.FAILED, why=text)
+        except OSError:
+            pass
+    finally:
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def _die_with_the_parent(parent_pid: int) -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent_pid:  # it died before the line above
+        os._exit(1)
+
+
+class DrillRank:
+    """A rank's buffer, its share of the layer, and its judge."""
+
+    def __init__(self, rank: int, work: Work, store: Any, pipes: Pipes, live: bool) -> None:
+        self.rank, self.drill, self.layer, self.pipes = rank, work.drill, work.layer, pipes
+        self.expectation = work.expectation
+        self.judge = Judge(work.expectation, rank, self.drill.on_lost, self.drill.reduce)
+        self.local_experts = work.expectation.placement.local_experts(rank)
+        self.random = random.Random(f"{self.drill.seed}/{rank}")
+        self.layer.prepare(self.local_experts)
+        if self.drill.guards_off:
+            names = core.guard_names()
+            core.set_guards_off(sum(1 << names.index(name) for name in self.drill.guards_off))
+        group = fault_a2a.Group(store, rank, self.drill.ranks, name=GROUP_NAME)
+        self.buffer = Buffer(group, self.drill.config())
+        self._num_evidence_told = 0
+        self._num_views_told = 0
+        self._views: list[tuple[View, int]] = []
+        self._telling = threading.Lock()
+        self._ended = threading.Event()
+        self._stops_armed: list[int] = []
+        self._live = live
+
+    def run(self) -> None:
+        self.pipes.tell("ready", at=core.now_ns(), round=self.buffer.num_rounds)
+        if self._live:
+            threading.Thread(target=self._tell_while_waiting, daemon=True).start()
+        how, why = story.FINISHED, ""
+        try:
+            for step in range(self.drill.steps):
+                self._step(step)
+        except fault_a2a.RankEvictedError as error:
+            how, why = story.EVICTED, str(error)
+        except fault_a2a.QuorumLostError as error:
+            how, why = story.SUSPENDED, str(error)
+        self._tell_stops_survived()
+        self.pipes.tell("end", how=how, why=why)
+        if how == story.FINISHED:
+            self._settle([int(rank) for rank in self.pipes.order("settle").split()])
+        self._tell_last()
+        if how == story.FINISHED:  # an earlier leave could be taken for a fault by those who still run
+            self.pipes.order("close")
+        self.buffer.close()
+
+    # -- one step ----------------------------------------------------------------------------------------------------
+
+    def _step(self, step: int) -> None:
+        words = self.expectation.batches.words(step, self.rank)
+        x = self.layer.embed(words)
+        topk_idx, topk_weights = self.layer.route(x)
+        round_number = self.buffer.num_rounds
+        self._bring_about_faults(step, round_number)
+
+        began_ns = core.now_ns()
+        recv, handle = self.buffer.dispatch(x, topk_idx, topk_weights)
+        sources = handle.sources()
+        rows = recv.x.reshape(-1, self.drill.hidden)[sources[:, 0].long()]  # a copy: recv.x ends with its combine
+        y = self._experts(recv)
+        out, outcome = self.buffer.combine(y, handle)
+        end_ns = core.now_ns()
+
+        self._tell_seen()
+        num_corrupt = self.judge.num_corrupt_rows(step, rows, sources, recv.num_tokens)
+        accounts = self.judge.accounts(step, out, outcome.codes, self._active_mask(round_number))
+        exact, why = accounts.exact, accounts.why
+        if bool(outcome.lost) != bool(accounts.lost_on):
+            exact, why = False, f"outcome.lost says {bool(outcome.lost)}, its codes say {bool(accounts.lost_on)}"
+        self._tell_stops_survived()
+        self.pipes.tell(
+            "step",
+            step=step,
+            round=round_number,
+            at=end_ns,
+            us=(end_ns - began_ns) // 1000,
+            lost_on=accounts.lost_on,
+            unroutable=accounts.num_unroutable,
+            corrupt=num_corrupt,
+            exact=exact,
+            why=why,
+        )
+
+    def _experts(self, recv: Received) -> torch.Tensor:
+        least, most = self.drill.compute_us
+        if most:
+            time.sleep(self.random.uniform(least, most) / 1e6)
+        offsets = recv.offsets if self.drill.recv_format == "packed" else None
+        return self.layer.recv_rows(recv.x, recv.num_tokens, self.local_experts, offsets)
+
+    def _active_mask(self, round_number: int) -> tuple[int, ...]:
+        """Of the view that the round ran in: the newest one that begins with it or earlier."""
+        if not self._views or self._views[-1][0].epoch != self.buffer.view.epoch:
+            self._views = self.buffer.views()
+        return next(view.active_mask for view, _ in reversed(self._views) if view.first_round <= round_number)
+
+    # -- faults ------------------------------------------------------------------------------------------------------
+
+    def _bring_about_faults(self, step: int, round_number: int) -> None:
+        for fault in self.drill.faults:
+            if fault.step != step or self.rank not in fault.ranks:
+                continue
+            if fault.kind == "cut" and fault.peer is not None:
+                peer = fault.peer if self.rank == fault.rank else fault.rank
+                at_ns = core.now_ns()
+                self.buffer.cut(peer)
+                self.pipes.tell("fault", step=step, kind="cut", peer=peer, at=at_ns)
+            elif fault.armed_phase is not None:
+                self.buffer.arm(fault.armed_phase, round_number, fault.kind, 0)
+                if fault.kind == "stop":
+                    self._stops_armed.append(step)
+            else:
+                self.pipes.tell("begin", step=step, at=core.now_ns())
+
+    def _tell_stops_survived(self) -> None:
+        """Only now does this rank run again; and it must tell the instant before another fault writes over the word."""
+        for step in self._stops_armed:
+            self.pipes.tell("fault", step=step, kind="stop", peer=None, at=self.buffer.core.fault_at_ns(self.rank))
+        self._stops_armed.clear()
+
+    # -- what it tells -----------------------------------------------------------------------------------------------
+
+    def _tell_seen(self) -> None:
+        """Evidence and views that the parent has not heard of yet."""
+        with self._telling:
+            evidence, views = self.buffer.evidence(), self.buffer.views()
+            new_evidence, new_views = evidence[self._num_evidence_told :], views[self._num_views_told :]
+            if not new_evidence and not new_views:
+                return
+            self._num_evidence_told, self._num_views_told = len(evidence), len(views)
+            self.pipes.tell(
+                "seen",
+                suspects=self.buffer.core.suspects(),
+                evidence=[(one.rank, one.kind, one.at_ns) for one in new_evidence],
+                views=[_fields(view, at_ns) for view, at_ns in new_views],
+            )
+
+    def _tell_while_waiting(self) -> None:
+        while not self._ended.wait(LIVE_POLL_S):
+            self._tell_seen()
+
+    def _settle(self, dead: list[int]) -> None:
+        """Waits until the view without ``dead`` is in place, so that one who died at the very end is counted."""
+        deadline = time.monotonic() + SETTLE_S
+        while time.monotonic() < deadline and set(dead) & set(self.buffer.view.active_ranks):
+            time.sleep(0.001)
+
+    def _tell_last(self) -> None:
+        self._ended.set()
+        self._tell_seen()
+        words = [self.buffer.core.fault_at_ns(rank) for rank in range(self.drill.ranks)]
+        self.pipes.tell("final", fault_at_ns=words, suspects=self.buffer.core.suspects())
+
+
+def _fields(view: View, installed_at_ns: int) -> dict[str, Any]:
+    return {
+        "epoch": view.epoch,
+        "active": view.active_ranks,
+        "first_round": view.first_round,
+        "incarnations": view.incarnations,
+        "reason": view.reason,
+        "installed_at_ns": installed_at_ns,
+    }

@@ -1,0 +1,243 @@
+"""The drill as it is run: real processes, real faults, nothing left behind. The long runs are `make prove`'s."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.drills import ROOT, SMALL, run_drills
+from tests.test_drill_report import KEYS
+
+SHARED_MEMORY = Path("/dev/shm")
+QUICK = ["--silence-ms", "200"]
+DRILLS = {
+    "healthy": [],
+    "kill": ["--kill", "1@10"],
+    "kill rank 0": ["--kill", "0@10:combine.send_rows"],
+    "kill from outside": ["--kill", "2@10+1500"],
+    "two in one step": ["--kill", "1@10", "--kill", "2@10:dispatch.taken"],
+    "one after another": ["--kill", "1@5", "--kill", "3@6"],
+    "all but one": ["--kill", "0@10", "--kill", "1@10", "--kill", "2@10"],
+    "in the last step": ["--kill", "1@19:combine.closed"],
+    "short stop": ["--stop", "1@10:40", "--silence-ms", "2000"],
+    "long stop": ["--stop", "1@10:900", *QUICK],
+    "long stop from outside": ["--stop", "3@10+500:900", *QUICK],
+    "cut": ["--cut", "1-2@10", *QUICK],
+    "other formats": [
+        *("--kill", "1@10", "--recv-format", "packed", "--reduce", "expert"),
+        *("--on-lost", "renormalize", "--dtype", "fp32"),
+    ],
+    "no tokens": ["--tokens", "0", "--kill", "1@10"],
+    "slow experts": ["--kill", "1@3", "--steps", "6", "--compute-us", "0-60000", "--silence-ms", "100"],
+}
+
+
+def command(*words: str, **options):
+    return subprocess.run(
+        [sys.executable, "-m", "fault_a2a", *words], cwd=ROOT, capture_output=True, text=True, timeout=60, **options
+    )
+
+
+def names_in_shared_memory():
+    return {path.name for path in SHARED_MEMORY.glob("fa2a-*")}
+
+
+@pytest.fixture(scope="module")
+def answers():
+    before = names_in_shared_memory()
+    answers = run_drills([[*SMALL, *drill] for drill in DRILLS.values()])
+    assert names_in_shared_memory() <= before
+    return dict(zip(DRILLS, answers, strict=True))
+
+
+@pytest.mark.parametrize("name", DRILLS)
+def test_every_promise_holds(answers, name):
+    answer = answers[name]
+    assert answer["ok"] and answer["exit_code"] == 0, answer["problems"]
+    assert answer["corrupt_rows"] == 0 and answer["false_suspicions"] == 0
+    assert answer["accounting_exact"] and answer["views_agree"]
+    assert set(KEYS) <= set(answer)
+    steps = 6 if name == "slow experts" else 20
+    assert answer["steps_completed"] == steps and all(line["happened"] for line in answer["faults"])
+
+
+@pytest.mark.parametrize(
+    ("name", "evicted", "evidence"),
+    [
+        ("healthy", [], None),
+        ("kill", [1], "exit"),
+        ("kill rank 0", [0], "exit"),
+        ("kill from outside", [2], "exit"),
+        ("two in one step", [1, 2], "exit"),
+        ("one after another", [1, 3], "exit"),
+        ("all but one", [0, 1, 2], "exit"),
+        ("in the last step", [1], "exit"),
+        ("short stop", [], None),
+        ("long stop", [1], "silence"),
+        ("long stop from outside", [3], "silence"),
+    ],
+)
+def test_who_goes_and_why(answers, name, evicted, evidence):
+    answer = answers[name]
+    assert answer["evicted"] == evicted
+    assert answer["survivors"] == [rank for rank in range(4) if rank not in evicted]
+    assert {kind for line in answer["faults"] for kind in line["evidence"]} <= {evidence}
+    for line in answer["faults"]:
+        assert (line["detect_ms"] is None) == (line["evicted"] is None)
+        if line["evicted"] is not None:
+            assert 0 <= line["detect_ms"] <= line["agree_ms"]
+
+
+def test_a_cut_link_costs_one_rank(answers):
+    answer = answers["cut"]
+    assert len(answer["evicted"]) == 1 and answer["evicted"][0] in (1, 2)
+    assert answer["agree_ms"] >= 200
+
+
+def test_a_stop_is_noticed_by_its_silence_and_not_before(answers):
+    for name in ("long stop", "long stop from outside"):
+        assert answers[name]["detect_ms"] >= 200
+
+
+def test_what_is_counted(answers):
+    answer = answers["kill"]
+    assert answer["ranks"] == 4 and answer["epochs"] == 1
+    assert answer["tokens_total"] == (3 * 20 + 10) * 8 and answer["choices_total"] == 2 * answer["tokens_total"]
+    assert answer["choices_unroutable"] > 0 and answer["choices_repaired"] == 0
+    assert answer["choices_lost"] + answer["choices_unroutable"] < answer["choices_total"]
+    assert answers["healthy"]["choices_lost"] == answers["healthy"]["choices_unroutable"] == 0
+    assert answers["no tokens"]["choices_total"] == 0
+
+
+def test_without_beats_the_slow_experts_are_red():
+    """The same as "slow experts", which is green: the judge can tell a slow rank that beats from one that does not."""
+    slow = ["--steps", "6", "--compute-us", "0-600000", "--silence-ms", "100"]
+    well, sick = run_drills([[*SMALL, *slow], [*SMALL, *slow, "--without-guard", "beat"]])
+    assert well["ok"] and well["false_suspicions"] == 0, well["problems"]
+    assert not sick["ok"] and sick["exit_code"] == 1 and sick["false_suspicions"] > 0
+
+
+# ---- the command ----------------------------------------------------------------------------------------------------
+def test_json_is_all_that_stands_on_stdout():
+    done = command("drill", *SMALL, "--kill", "1@10", "--json")
+    assert done.returncode == 0, done.stdout
+    assert json.loads(done.stdout)["survivors"] == [0, 2, 3] and done.stdout.count("\n") == 1 and not done.stderr
+
+
+def test_plain_lines_in_a_pipe(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("the same few words again and again")
+    done = command("drill", *SMALL, "--kill", "1@10+500", "--text", str(text))
+    assert done.returncode == 0 and "\x1b" not in done.stdout and not done.stderr
+    lines = " ".join(done.stdout.split())
+    for sentence in (
+        "4 processes run a mixture-of-experts layer over text.txt",
+        "rank 1 is killed in step 10, 500 us after it began (SIGKILL)",
+        "drops rank 1: its process is gone",
+        "epoch 1 begins with ranks 0 2 3",
+        "Ranks 0 2 3 completed 20 steps",
+        "OK: every promise held",
+    ):
+        assert sentence in lines
+
+
+def test_help_lists_the_phases():
+    done = command("drill", "--help")
+    text = "".join(done.stdout.split())
+    from fault_a2a import phases
+
+    assert done.returncode == 0 and all(phase in text for phase in phases())
+    assert "--without-guard" not in done.stdout and "--repair" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        (["--kill", "9@1"], "there is no rank 9 among 8"),
+        (["--kill", "1@1:lunch"], 'there is no phase "lunch"'),
+        (["--rejoin", "1@1"], "comes with the membership release"),
+        (["--repair"], "--repair: repairing a step from replicas comes with a later release"),
+        (["--replicas", "2"], "--replicas: .* comes with a later release"),
+        (["--backend", "triton"], "kernels for 'triton' come with a later release; pass cpu"),
+        (["--hidden", "12"], "hidden: 12 is not a multiple of 8"),
+        (["--topk", "40"], "num_topk: 40 is out of range"),
+        (["--text", "/nowhere"], "--text /nowhere: No such file"),
+        (["--compute-us", "5-1"], "--compute-us 5-1: expected microseconds"),
+        (["--steps", "0"], "--steps 0: pass at least 1"),
+        (["--ranks", "many"], "invalid int value"),
+    ],
+)
+def test_wrong_options_are_refused_before_anything_starts(options, why):
+    from fault_a2a.cli.main import main
+
+    with pytest.raises(SystemExit) as error, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stderr", lines := Lines())
+        patch.delenv("FAULT_A2A_CORE", raising=False)
+        main(["drill", *options])
+    assert error.value.code == 2
+    assert re.search(why, lines.text)
+
+
+class Lines:
+    text = ""
+
+    def write(self, text: str) -> int:
+        self.text += text
+        return len(text)
+
+    def flush(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_an_interrupted_drill_leaves_no_process(number):
+    before = names_in_shared_memory()
+    parent = subprocess.Popen(
+        [sys.executable, "-m", "fault_a2a", "drill", *SMALL, "--steps", "100000", "--stop", "1@10:60000"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        for line in parent.stdout:
+            if "is stopped" in line:
+                break
+        ranks = children_of(parent.pid)
+        assert len(ranks) == 4
+        os.kill(parent.pid, number)
+        assert parent.wait(20) == {signal.SIGKILL: -signal.SIGKILL}.get(number, 130)
+    finally:
+        parent.kill()
+        parent.wait()
+        parent.stdout.close()
+    deadline = time.monotonic() + 10
+    while any(alive(rank) for rank in ranks) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not any(alive(rank) for rank in ranks) and names_in_shared_memory() <= before
+
+
+def children_of(pid):
+    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in ("Z", "X")
+    except OSError:
+        return False
+
+
+def test_a_group_that_cannot_be_built_is_reported(tmp_path):
+    """Ranks that fail are the drill's answer, not its crash."""
+    done = command("drill", *SMALL, "--json", "--without-guard", "no such guard")
+    answer = json.loads(done.stdout)
+    assert done.returncode == 1 and not answer["ok"] and set(KEYS) <= set(answer)
+    assert any("failed" in problem for problem in answer["problems"]) and "Traceback" in done.stderr
