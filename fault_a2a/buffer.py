@@ -13,7 +13,7 @@ from fault_a2a import ops
 from fault_a2a._core import core
 from fault_a2a.config import Config
 from fault_a2a.errors import ClosedError, ConstructError, FaultA2AError, QuorumLostError, RankEvictedError
-from fault_a2a.group import Group, as_group, host_of_this_process
+from fault_a2a.group import Group, as_group, forget_names, host_of_this_process
 from fault_a2a.membership import Evidence, MembershipThread, StoreArbiter, View
 
 _INDEX_DTYPES = (torch.int64, torch.int32)
@@ -104,7 +104,8 @@ class Buffer:
         try:
             self._join(deadline)
         except BaseException:
-            self.core.close()
+            self.close()
+            forget_names(self._token)
             raise
 
     # -- construction ------------------------------------------------------------------------------------------------
@@ -119,8 +120,9 @@ class Buffer:
 
     def _build_core(self, deadline: float) -> Any:
         config, group = self.config, self.group
-        token = group.meet("start", deadline, self._introduction())
-        hosts = {rank: line.split()[0] for rank, line in enumerate(token)}
+        introductions = group.meet("start", deadline, self._introduction())
+        self._token = introductions[0].split()[1]
+        hosts = {rank: line.split()[0] for rank, line in enumerate(introductions)}
         others = [rank for rank, host in hosts.items() if host != hosts[group.rank]]
         if others and group.fabric is None:
             raise ConstructError(
@@ -130,7 +132,7 @@ class Buffer:
         fields = core_fields(config, group.num_ranks, group.rank)
         if group.fabric is not None:
             return core.Endpoint(fields, group.fabric.of(fields), "")
-        return core.Endpoint(fields, None, token[0].split()[1])
+        return core.Endpoint(fields, None, self._token)
 
     def _introduction(self) -> str:
         """Where this process runs, and a token that makes the names of this group's shared memory its own."""
@@ -142,15 +144,15 @@ class Buffer:
             self.group.meet("created", deadline)
             self.core.open_peers()
             self.group.meet("opened", deadline)
+            self.id = ops.register(self)
+            self._recv_x = [torch.empty(self.recv_shape, dtype=self.config.dtype) for _ in range(2)]
+            self._membership = MembershipThread(self.core, StoreArbiter(self.group))
+            self._warm_up()
+            self.group.meet("warm", deadline, trouble=self._who_gave_up)
+        except FaultA2AError:
+            raise
         except RuntimeError as error:
-            if isinstance(error, FaultA2AError):
-                raise
             raise ConstructError(str(error)) from error
-        self.id = ops.register(self)
-        self._recv_x = [torch.empty(self.recv_shape, dtype=self.config.dtype) for _ in range(2)]
-        self._membership = MembershipThread(self.core, StoreArbiter(self.group))
-        self._warm_up()
-        self.group.meet("warm", deadline)
         self.core.serve()
 
     def _warm_up(self) -> None:
@@ -158,8 +160,17 @@ class Buffer:
         empty = torch.empty([0, self.config.num_topk])
         _, handle = self.dispatch(torch.empty([0, self.config.hidden], dtype=self.config.dtype), empty.long(), empty)
         self.abandon(handle)
-        if len(self.view.active_ranks) != self.group.num_ranks or self.core.suspects():
-            raise ConstructError(f"ranks {self.core.suspects()} of group '{self.group.name}' died during construction")
+        if self._who_gave_up():
+            raise ConstructError(self._who_gave_up())
+
+    def _who_gave_up(self) -> str:
+        """A sentence about the ranks that died or left during construction; those that left only follow the dead."""
+        kinds = {one.rank: one.kind for one in self.evidence()}
+        for kind, what in (("exit", "died"), ("left", "gave up")):
+            ranks = sorted(rank for rank in kinds if kinds[rank] == kind)
+            if ranks:
+                return f"ranks {ranks} of group '{self.group.name}' {what} during construction"
+        return ""
 
     # -- the two verbs -----------------------------------------------------------------------------------------------
 
@@ -312,8 +323,8 @@ class Buffer:
             raise RankEvictedError(f"the group went on without rank {self.group.rank}: {decided.reason}.")
         if status == "quorum_lost":
             raise QuorumLostError(
-                f"rank {self.group.rank} suspects {self.core.suspects()} and found no agreement on the next view within "
-                f"{self.config.agreement_timeout_ms} ms."
+                f"rank {self.group.rank} suspects {self.core.suspects()} and found no agreement on the next view "
+                f"within {self.config.agreement_timeout_ms} ms."
             )
         if status == "closed":
             raise ClosedError("this buffer is closed.")

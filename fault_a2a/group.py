@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 from fault_a2a.errors import ConstructError
@@ -42,35 +43,58 @@ class Group:
     def key(self, *parts: object) -> str:
         return "/".join(["fault_a2a", self.name, *map(str, parts)])
 
-    def meet(self, point: str, deadline: float, value: str = "here") -> list[str]:
+    def meet(
+        self, point: str, deadline: float, value: str = "here", trouble: Callable[[], str] | None = None
+    ) -> list[str]:
         """Waits until every rank has come to ``point``; returns what each brought. Collective, bounded by ``deadline``.
 
-        Raises:
-            ConstructError: naming the ranks that did not come.
-        """
-        self.store.set(self.key(point, self.rank), value)
-        keys = [self.key(point, rank) for rank in range(self.num_ranks)]
-        while not self._all_there(keys, deadline):
-            if time.monotonic() < deadline:
-                continue
-            missing = [rank for rank, key in enumerate(keys) if not self.store.check([key])]
-            if missing:
-                raise ConstructError(f"ranks {missing} did not reach '{point}' of group '{self.name}' in time")
-        return [bytes(self.store.get(key)).decode() for key in keys]
+        ``trouble`` is asked again and again: a sentence ends the waiting early.
 
-    def _all_there(self, keys: list[str], deadline: float) -> bool:
+        Raises:
+            ConstructError: naming the ranks that did not come, or quoting ``trouble``.
+        """
+        keys = [self.key(point, rank) for rank in range(self.num_ranks)]
         try:
-            left = min(max(deadline - time.monotonic(), 0.0), 1.0)
-            self.store.wait(keys, timedelta(seconds=left + 0.001))
-            return True
-        except RuntimeError:  # DistStoreError, the store's time-out, is one
-            return False
+            self.store.set(keys[self.rank], value)
+            self._wait(keys, point, deadline, trouble or (lambda: ""))
+            return [bytes(self.store.get(key)).decode() for key in keys]
+        except ConstructError:
+            raise
+        except RuntimeError as error:  # the store's own errors are
+            raise ConstructError(f"group '{self.name}' lost its store on the way to '{point}' ({error}).") from error
+
+    def _wait(self, keys: list[str], point: str, deadline: float, trouble: Callable[[], str]) -> None:
+        # Not store.wait(): when its time is over it writes to stderr, and a rank that is late is no news.
+        pause_s, longest_pause_s = 0.001, 0.02
+        came: set[str] = set()
+        while not self.store.check(keys):
+            sentence = trouble()
+            # Whoever came through has done so after all had come: it may leave, or even die, while I am asleep.
+            if sentence and not self.store.check(keys):
+                raise ConstructError(sentence)
+            if pause_s == longest_pause_s:  # somebody is late, and not those who will have given up before I do
+                came.update(key for key in keys if key not in came and self.store.check([key]))
+            if time.monotonic() >= deadline:
+                missing = [rank for rank, key in enumerate(keys) if not self.store.check([key])]
+                late = [rank for rank in missing if keys[rank] not in came]
+                if missing:
+                    raise ConstructError(
+                        f"ranks {late or missing} did not reach '{point}' of group '{self.name}' in time"
+                    )
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, longest_pause_s)
 
 
 def host_of_this_process() -> str:
     """Two processes with the same value map the same /dev/shm: one kernel boot, one mount."""
     with open("/proc/sys/kernel/random/boot_id") as boot_id:
         return f"{boot_id.read().strip()}-{os.stat('/dev/shm').st_dev}"
+
+
+def forget_names(token: str) -> None:
+    """Takes a group's names out of /dev/shm. Those of a rank that was killed have nobody else to do it."""
+    for path in Path("/dev/shm").glob(f"fa2a-{token}-*"):
+        path.unlink(missing_ok=True)
 
 
 def as_group(group: Any) -> Group:
