@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -89,7 +88,8 @@ class MembershipThread:
     """
 
     POLL_MS = 200
-    PAUSE_AFTER_ERROR_S = 0.05
+    # After an error, doubled with every further one: a store that is gone complains on stderr each time it is asked.
+    MIN_PAUSE_S, MAX_PAUSE_S = 0.05, 1.0
 
     def __init__(self, endpoint: Any, arbiter: Arbiter) -> None:
         self._endpoint = endpoint
@@ -97,6 +97,7 @@ class MembershipThread:
         self._callbacks: list[Callable[[View], None]] = []
         self._told_epoch = endpoint.current()["epoch"]
         self._ending = threading.Event()
+        self._pause_s = self.MIN_PAUSE_S
         self.last_error: Exception | None = None
         self._thread = threading.Thread(target=self._run, name="fault_a2a-membership", daemon=True)
         self._thread.start()
@@ -121,12 +122,12 @@ class MembershipThread:
     def _decide(self, proposal: dict[str, Any]) -> None:
         try:
             self._endpoint.learn(self._arbiter.decide(proposal))
-        except (
-            Exception
-        ) as error:  # the store may be gone in any way it likes; the core tries again and, in time, says so
+            self._pause_s = self.MIN_PAUSE_S
+        except Exception as error:  # the store may be gone in any way it likes; the core, in time, says so
             self.last_error = error
             self._endpoint.proposal_failed()
-            time.sleep(self.PAUSE_AFTER_ERROR_S)
+            self._ending.wait(self._pause_s)
+            self._pause_s = min(2 * self._pause_s, self.MAX_PAUSE_S)
 
     def _tell(self) -> None:
         if not self._callbacks:
