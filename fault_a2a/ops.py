@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import threading
 import weakref
 from typing import TYPE_CHECKING
@@ -39,6 +40,13 @@ def register(buffer: Buffer) -> int:
     return buffer_id
 
 
+@atexit.register
+def _close_all() -> None:
+    """A process that ends leaves its groups. Without this, threads that wait in native code meet a dying interpreter."""
+    for buffer in list(_buffers.values()):
+        buffer.close()
+
+
 def find(buffer_id: int) -> Buffer:
     buffer = _buffers.get(buffer_id)
     if buffer is None:
@@ -58,10 +66,18 @@ def _combine(
     return find(buffer)._combine(y, topk_weights, handle)
 
 
+def _check_not_meta(**tensors: torch.Tensor) -> None:
+    """One "meta" tensor among real ones brings a call here that was meant to send something."""
+    for name, tensor in tensors.items():
+        if tensor.is_meta:
+            raise ValueError(f"{name} is on meta and holds nothing to send; give a tensor on the CPU")
+
+
 def _fake_dispatch(
     x: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor, buffer: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     owner = find(buffer)
+    _check_not_meta(x=x, topk_idx=topk_idx, topk_weights=topk_weights)
     num_local = owner.num_local_experts
     return (
         x.new_empty(owner.recv_shape),
@@ -74,6 +90,7 @@ def _fake_dispatch(
 def _fake_combine(
     y: torch.Tensor, topk_weights: torch.Tensor, handle: torch.Tensor, buffer: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    _check_not_meta(y=y, topk_weights=topk_weights, handle=handle)
     num_tokens, num_topk = topk_weights.shape
     return (
         y.new_empty([num_tokens, find(buffer).config.hidden]),

@@ -1,4 +1,4 @@
-"""The rig of the group tests: every rank runs rounds whose rows anybody can recompute, and checks each one it receives."""
+"""The rig of the group tests: ranks run rounds whose rows anybody can recompute, and check each one they receive."""
 
 from __future__ import annotations
 

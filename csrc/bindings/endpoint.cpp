@@ -106,6 +106,7 @@ void Endpoint::open_peers() {
 #if defined(FA2A_TEST_HOOKS) && FA2A_TEST_HOOKS
   wire_->faults.rank = config_.rank;
   options.unreadable = &wire_->faults.cut;
+  options.pause_ns = &wire_->faults.pulse_pause_ns;
 #endif
   std::vector<ControlPage*> pages;
   for (i32 rank = 0; rank < config_.shape.num_ranks; ++rank) pages.push_back(&fabric_->page(rank));

@@ -2,7 +2,11 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <atomic>
+#include <thread>
+
 #include "bindings/endpoint.hpp"
+#include "host/clock.hpp"
 
 namespace py = pybind11;
 
@@ -47,14 +51,50 @@ void set_faults(Endpoint& endpoint, const py::dict& fields) {
   if (fields.contains("lies_from_round")) faults.lies_from_round = fields["lies_from_round"].cast<u64>();
 }
 
+// Host and kernel race for one promise; returns how often a kernel went on with a round that the promise says it had
+// not started. The two fences are all that keeps this at zero.
+i64 promise_litmus(i32 num_races) {
+  RankState state;
+  std::atomic<i32> turn{0}, done{0};
+  std::atomic<bool> went_on{false};
+  i64 num_broken = 0;
+  std::thread kernel([&] {
+    for (i32 race = 1; race <= num_races; ++race) {
+      while (turn.load(std::memory_order_acquire) != race) {
+      }
+      went_on.store(start_round(state, 0), std::memory_order_relaxed);
+      done.store(race, std::memory_order_release);
+    }
+  });
+  for (i32 race = 1; race <= num_races; ++race) {
+    state.started = 0;
+    state.round_limit = kNoLimit;
+    turn.store(race, std::memory_order_release);
+    for (i32 spin = race % 64; spin > 0; --spin) __asm__ volatile("");
+    const Promise promise = give_promise(state, 0, 0);
+    while (done.load(std::memory_order_acquire) != race) {
+    }
+    if (went_on.load(std::memory_order_relaxed) && promised_round(promise) < 1) ++num_broken;
+  }
+  kernel.join();
+  return num_broken;
+}
+
 }  // namespace
 
 void bind_faults(py::module_& m, py::class_<Endpoint, std::shared_ptr<Endpoint>>& endpoint) {
   m.attr("has_hooks") = true;
+  m.def("promise_litmus", &promise_litmus, py::call_guard<py::gil_scoped_release>());
   m.def("set_guards_off", [](u64 bits) { guards_off = bits; });
   endpoint.def("arm", &arm)
       .def("set_faults", &set_faults)
       .def("num_faults", [](Endpoint& e) { return e.wire().faults.num_faults.load(); })
+      .def("pause_pulse", [](Endpoint& e, i64 ms) { e.wire().faults.pulse_pause_ns.store(ms * kNsPerMs); })
+      .def("set_partition_incarnation",
+           [](Endpoint& e, i32 partition, u64 value) {
+             const u64 at = e.context().at.header;
+             reinterpret_cast<PartitionHeader*>(e.fabric().inbound(partition) + at)->incarnation = value;
+           })
       .def("crash", [](Endpoint& e) { e.pulse().vanish(); }, py::call_guard<py::gil_scoped_release>());
 }
 

@@ -99,8 +99,11 @@ Decision Agreement::make_proposal(const std::vector<MemberReport>& reports, cons
     const bool counts = rank == options_.rank || guarded(guard_promise);
     if (next.has(rank) && counts && has_promised(report) && promised_round(report.promise) > proposal.view.first_round)
       proposal.view.first_round = promised_round(report.promise);
+    // What a rank said before it died does not count against those it named.
+    if (report.proven_dead) continue;
     for (i32 accused = 0; accused < options_.num_ranks; ++accused) {
-      if (!edges.accused_by[static_cast<size_t>(rank)].has(accused)) continue;
+      const bool named = edges.accused_by[static_cast<size_t>(rank)].has(accused);
+      if (!named || reports[static_cast<size_t>(accused)].proven_dead) continue;
       ++proposal.past_edges[rank];
       ++proposal.past_edges[accused];
     }
@@ -140,8 +143,10 @@ void Agreement::consider(const std::vector<MemberReport>& reports, const Edges& 
   const i32 twice = 2 * verdict.next.size();
   const bool quorum = twice > alive.size() || (twice == alive.size() && verdict.next.has(alive.lowest()));
   const bool mine = verdict.next.has(options_.rank);
-  // Something is being claimed that is not settled: with nothing proven, wait until it is or until it is withdrawn.
-  const bool premature = edges.any_unsettled && !edges.any_settled && proven.empty();
+  // Something is being claimed that is not settled: with nothing proven, wait until it is or until it is withdrawn. Not
+  // for ever: accusations that come and go must not hold the group.
+  const bool patient = now_ns - changing_since_ns_ < 3 * options_.settle_ns || !edges.any_settled;
+  const bool premature = edges.any_unsettled && proven.empty() && patient;
   if (!all_promised || !quorum || !mine || premature) {
     ready_since_ns_ = 0;
     return;

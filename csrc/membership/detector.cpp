@@ -42,7 +42,8 @@ Evidence Detector::judge_link(Peer& peer, const PeerSample& sample, const OwnWai
   const u64 half = 1ull << (progress_field::Round::bits - 1);
   const u64 signalled = wait.phase == Phase::combine_wait ? sample.combines_signalled[wait.round % kNumParities]
                                                           : sample.dispatches_signalled;
-  const bool in_wait = wait.since_ns != 0 && (wait.phase == Phase::combine_wait || wait.phase == Phase::dispatch_wait);
+  // Only the word being looked at is known to be absent: others that a kernel will come to may have arrived.
+  const bool in_wait = wait.absent && (wait.phase == Phase::combine_wait || wait.phase == Phase::dispatch_wait);
   const bool past_it = in_wait && signalled != 0 && ((signalled - 1 - wait.round) & mask) < half;
   if (!past_it) {
     peer.link_since_ns = 0;
@@ -51,6 +52,13 @@ Evidence Detector::judge_link(Peer& peer, const PeerSample& sample, const OwnWai
   if (peer.link_since_ns == 0) peer.link_since_ns = now_ns_;
   const i64 since = std::max({peer.link_since_ns, wait.since_ns, restarted(timeouts.link_ns)});
   return now_ns_ - since >= timeouts.link_ns ? Evidence::link : Evidence::none;
+}
+
+void Detector::new_view() {
+  for (Peer& peer : peers_) {
+    if (peer.evidence == Evidence::link) peer.evidence = Evidence::none;
+    peer.link_since_ns = 0;
+  }
 }
 
 Evidence Detector::judge(i32 rank, const PeerSample& sample, const OwnWait& wait, const Timeouts& timeouts) {
@@ -73,7 +81,7 @@ Evidence Detector::judge(i32 rank, const PeerSample& sample, const OwnWait& wait
   // Withdrawn as soon as what it rested on has moved; the suspicion itself stays until a view lifts it.
   const bool moved = peer.evidence == Evidence::stall     ? sample.progress != peer.stall_progress
                      : peer.evidence == Evidence::silence ? now_ns_ - peer.beat_since_ns < timeouts.silence_ns
-                                                          : peer.link_since_ns == 0;
+                                                          : false;
   if (moved) peer.evidence = Evidence::none;
   return peer.evidence;
 }

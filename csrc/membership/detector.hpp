@@ -22,8 +22,9 @@ struct PeerSample {
 
 // What this rank's own kernels say about the peer.
 struct OwnWait {
-  i64 since_ns = 0;  // 0: nobody waits for it
-  u64 round = 0;     // low bits, as in a progress word
+  i64 since_ns = 0;     // 0: nobody waits for it
+  bool absent = false;  // a kernel looks at its word this moment, and it is not there
+  u64 round = 0;        // low bits, as in a progress word
   Phase phase = Phase::idle;
   bool kernel_suspects = false;
 };
@@ -41,6 +42,8 @@ class Detector {
 
   // Before the samples of one look around. A watcher that slept itself restarts its deadlines.
   void look(i64 now_ns);
+  // Evidence of a broken link ends with the view: the wait that showed it is over, and nothing tells that it is mended.
+  void new_view();
   Evidence judge(i32 peer, const PeerSample& sample, const OwnWait& wait, const Timeouts& timeouts);
 
  private:

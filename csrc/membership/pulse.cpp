@@ -85,6 +85,7 @@ void Pulse::run() noexcept {
   prefer_low_latency();
   death_word_.hold(&own().death_word);
   while (!ending_.load()) {
+    if (options_.pause_ns != nullptr) sleep_ns(options_.pause_ns->exchange(0));
     heard_ = __atomic_load_n(&own().pulse_bell, __ATOMIC_SEQ_CST);
     const i64 now = now_ns();
     if (guarded(guard_beat)) store_release(&own().process_beat, static_cast<u64>(now));
@@ -126,6 +127,7 @@ Evidence Pulse::look_at(i32 rank) {
   OwnWait wait;
   wait.since_ns = static_cast<i64>(load_relaxed(&state_.waiting_since_ns[rank]));
   if (wait.since_ns == 0 && awaited_promises_.has(rank)) wait.since_ns = awaited_since_ns_;
+  wait.absent = load_relaxed(&state_.waiting_peer) == static_cast<u64>(rank) + 1;
   const u64 waiting = load_relaxed(&state_.waiting_progress);
   wait.round = progress_field::Round::unpack(waiting);
   wait.phase = static_cast<Phase>(progress_field::Phase::unpack(waiting));
@@ -231,6 +233,7 @@ void Pulse::install(const Decision& decision, i64 now) {
   for (i32 rank = 0; rank < options_.agreement.num_ranks; ++rank)
     if (decision.view.active.has(rank)) marked_.remove(rank);
   agreement_.installed(decision);
+  detector_.new_view();
   proposal_.reset();
   awaited_promises_ = RankSet();
   views_.push_back({decision, now});

@@ -22,7 +22,8 @@ struct PulseOptions {
   i64 beat_ns = 10 * 1000000;
   i64 link_ns = 5000ll * 1000000;
   bool between_processes = true;
-  const RankSet* unreadable = nullptr;  // test build: peers to whom every path is lost
+  const RankSet* unreadable = nullptr;   // test build: peers to whom every path is lost
+  std::atomic<i64>* pause_ns = nullptr;  // test build: the thread sleeps this long, once, as if it were stopped
 };
 
 struct EvidenceRecord {

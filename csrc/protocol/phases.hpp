@@ -13,7 +13,7 @@ namespace fa2a {
   X(dispatch_half_signalled, "dispatch.half_signalled") /* half of the group can read   */       \
   X(dispatch_signalled, "dispatch.signalled")           /* everybody can read                */  \
   X(dispatch_wait, "dispatch.wait")                     /* before the first wait             */  \
-  X(dispatch_copy, "dispatch.copy")                     /* rows are being copied out         */  \
+  X(dispatch_copy, "dispatch.copy")                     /* a quarter of the rows is copied   */  \
   X(dispatch_taken, "dispatch.taken")                   /* before dispatch returns           */  \
   X(combine_begin, "combine.begin")                     /* the experts are done              */  \
   X(combine_send_rows, "combine.send_rows")             /* rows go back, nothing signalled   */  \

@@ -23,7 +23,8 @@ struct RankState {
   alignas(kLine) ViewRing ring;
   // Whom this rank waits for now, since when and in which (round, phase): the detector counts time only then.
   alignas(kLine) u64 waiting_since_ns[kMaxRanks] = {};
-  alignas(kLine) u64 waiting_progress = 0;  // packed as a progress word
+  alignas(kLine) u64 waiting_peer = 0;  // rank + 1 of the one whose word is being looked at now; 0: nobody's
+  u64 waiting_progress = 0;             // packed as a progress word
   // Changeable while the group runs.
   alignas(kLine) u64 silence_ns[kMaxRanks] = {};
   u64 stall_ns[kMaxRanks] = {};

@@ -8,7 +8,7 @@ namespace fa2a {
 // Local loads only. Hold on suspicion: a rank that suspects an active peer starts no further round until a view is
 // installed, so that ranks are never more than two rounds apart and few choices are lost.
 FA2A_HD bool gate_is_open(const RankState& state, u64 round) {
-  if (round >= load_acquire(&state.round_limit)) return false;
+  if (round >= load_acquire(&state.round_limit) && guarded(guard_promise)) return false;
   if (!guarded(guard_hold)) return true;
   const RankSet& active = newest_view(state.ring).active;
   for (i32 i = 0; i < RankSet::kNumWords; ++i)
@@ -21,7 +21,7 @@ FA2A_HD bool gate_is_open(const RankState& state, u64 round) {
 FA2A_HD bool start_round(RankState& state, u64 round) {
   store_release(&state.started, round + 1);
   if (guarded(guard_promise_fence)) full_fence();
-  return round < load_acquire(&state.round_limit);
+  return round < load_acquire(&state.round_limit) || !guarded(guard_promise);
 }
 
 // Host's half: store the limit, fence, read started. Both fences are needed: without either, host and kernel can each
@@ -45,6 +45,11 @@ FA2A_HD constexpr u64 promised_round(const Promise& promise) {
 // Host: publish the view, then lift the limit; a gate that opened first could start a new round under the old view.
 FA2A_HD void install_view(RankState& state, const View& view) {
   const u64 index = state.ring.newest + 1;
+  // Rounds that are open, or still to be run, under the view before must not wait for a rank that was left out: it may
+  // well live and beat, and will never signal again.
+  const RankSet evicted = newest_view(state.ring).active.without(view.active);
+  if (guarded(guard_evicted_is_suspect))
+    for (i32 i = 0; i < RankSet::kNumWords; ++i) fetch_or(&state.suspects.words[i], evicted.words[i]);
   state.ring.views[index % kNumViews] = view;
   store_release(&state.ring.newest, index);
   for (i32 i = 0; i < RankSet::kNumWords; ++i) {

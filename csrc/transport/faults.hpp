@@ -46,6 +46,7 @@ struct Faults {
   bool ignore_consent = false;
   u32 lies = 0;
   u64 lies_from_round = 0;
+  std::atomic<i64> pulse_pause_ns{0};  // this rank's native thread sleeps so long, once
   static constexpr i32 kNumArmed = 8;
   Armed armed[kNumArmed];
   std::atomic<u64> num_faults{0};
@@ -54,11 +55,14 @@ struct Faults {
   // False: lost on the way.
   bool put_signal(i32 dst, u64* word, u64 value, bool combine);
   void lie_about(RowHeader* stored);
+  // lie_combine_count: the first row of each answer never arrives.
+  bool loses_answer(i32 dst);
   void at(Point point, u64 round, Fabric& fabric);
   i32 rank = -1;  // whose faults these are
 
  private:
   u64 next_random();
+  RankSet lost_one_;  // owners whose answer is already one row short
   bool lying(u32 kind) const { return (lies & kind) != 0; }
 };
 

@@ -39,13 +39,20 @@ bool Faults::put_signal(i32 dst, u64* word, u64 value, bool combine) {
   Signal s = unpack(value);
   if (lies != 0 && !s.declined && s.round >= lies_from_round) {
     if (lying(lie_count) && !combine) s.count = signal_field::Count::max - next_random() % 7;
-    if (lying(lie_combine_count) && combine && s.count > 0) s.count -= 1;
+    if (lying(lie_combine_count) && combine && lost_one_.has(dst)) s.count -= 1;
+    if (combine) lost_one_.remove(dst);
     if (lying(lie_old_round)) s.round -= 2;
     if (lying(lie_old_epoch)) s.epoch -= 1;
     if (lying(lie_future)) s.round += 1000;
     num_faults.fetch_add(1);
   }
   store_release(word, pack(s));
+  return true;
+}
+
+bool Faults::loses_answer(i32 dst) {
+  if (!lying(lie_combine_count) || lost_one_.has(dst)) return false;
+  lost_one_.add(dst);
   return true;
 }
 

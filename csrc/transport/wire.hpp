@@ -20,6 +20,9 @@ class Wire {
 
 #if defined(FA2A_TEST_HOOKS) && FA2A_TEST_HOOKS
   void put_rows(i32 dst, void* to, const void* from, u64 num_bytes) { faults.put_rows(dst, to, from, num_bytes); }
+  void put_answer(i32 dst, void* to, const void* from, u64 num_bytes) {
+    if (!faults.loses_answer(dst)) faults.put_rows(dst, to, from, num_bytes);
+  }
   void put_row_header(i32 dst, RowHeader* to, const RowHeader& header, const RowChoice* choices) {
     if (faults.cut.has(dst)) return;
     store_row_header(to, header, choices);
@@ -37,6 +40,7 @@ class Wire {
   Faults faults;
 #else
   void put_rows(i32, void* to, const void* from, u64 num_bytes) { memcpy(to, from, num_bytes); }
+  void put_answer(i32, void* to, const void* from, u64 num_bytes) { memcpy(to, from, num_bytes); }
   void put_row_header(i32, RowHeader* to, const RowHeader& header, const RowChoice* choices) {
     store_row_header(to, header, choices);
   }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -78,8 +79,9 @@ def run_threads(calls: list[Callable[[], Any]], keep_errors: bool = False, timeo
     threads = [threading.Thread(target=call, args=(idx,), daemon=True) for idx in range(len(calls))]
     for thread in threads:
         thread.start()
+    deadline = time.monotonic() + timeout_s
     for thread in threads:
-        thread.join(timeout_s)
+        thread.join(max(deadline - time.monotonic(), 0.0))
     stuck = [idx for idx, thread in enumerate(threads) if thread.is_alive()]
     if stuck:
         raise TimeoutError(f"calls {stuck} did not return within {timeout_s} s")

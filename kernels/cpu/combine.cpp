@@ -24,8 +24,8 @@ u64 return_choices(Context& c, const CombineArgs& args, const OpenRound& open, i
   const Span rows = rows_of(open, owner);
   u64 count = 0;
   for (const Received* row = rows.first; row != rows.last; ++row, ++count)
-    c.wire->put_rows(owner, slots + c.at.row_stride * count, args.y + hidden_bytes * static_cast<u64>(row->position),
-                     hidden_bytes);
+    c.wire->put_answer(owner, slots + c.at.row_stride * count, args.y + hidden_bytes * static_cast<u64>(row->position),
+                       hidden_bytes);
   return count;
 }
 
@@ -41,7 +41,7 @@ u64 return_sums(Context& c, const CombineArgs& args, const OpenRound& open, i32 
     for (const i32 src_row = row->src_row; row != rows.last && row->src_row == src_row; ++row)
       add_scaled_row(c.dtype, sum.data(), args.y + hidden_bytes * static_cast<u64>(row->position), row->weight, hidden);
     store_row(c.dtype, rounded.data(), sum.data(), hidden);
-    c.wire->put_rows(owner, slots + c.at.row_stride * count, rounded.data(), hidden_bytes);
+    c.wire->put_answer(owner, slots + c.at.row_stride * count, rounded.data(), hidden_bytes);
   }
   return count;
 }
@@ -203,6 +203,7 @@ CombineResult combine(Context& c, const CombineArgs& args) {
   const i32 hidden = c.shape.hidden_bytes / (c.dtype == DType::bfloat16 ? 2 : 4);
   CombineResult result;
   CpuMachine machine(c, open.round);
+  if (!guarded(guard_view_once)) open.active = newest_view(c.state->ring).active;
   c.wire->at(Point::combine_begin, open.round);
   answer(c, machine, args, open, hidden);
 

@@ -231,8 +231,10 @@ i32 place_rows(const Context& c, OpenRound& open, const DispatchArgs& args) {
 }
 
 void copy_rows(Context& c, const OpenRound& open, const DispatchArgs& args) {
+  size_t num_seen = 0;
   const auto hidden_bytes = static_cast<u64>(c.shape.hidden_bytes);
   for (const Received& row : open.received) {
+    if (num_seen++ == open.received.size() / 4) c.wire->at(Point::dispatch_copy, open.round);
     if (!open.taken.has(row.src_rank)) continue;
     const u8* rows = c.inbound(open, row.src_rank) + c.at.dispatch_rows[open.round % kNumParities];
     memcpy(args.recv_x + hidden_bytes * static_cast<u64>(row.position),
@@ -287,7 +289,6 @@ DispatchResult dispatch(Context& c, const DispatchArgs& args) {
   do {
     result.num_received = place_rows(c, open, args);
     copy_rows(c, open, args);
-    c.wire->at(Point::dispatch_copy, round);
   } while (withdraw_changed(c, open, words));
   result.round = round;
   ++c.stats.num_rounds;

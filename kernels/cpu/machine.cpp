@@ -45,12 +45,16 @@ void CpuMachine::show(bool to_peers) {
 void CpuMachine::begin(i32 peer) {
   num_spins_ = 0;
   last_rest_ns_ = 0;
-  if (peer != kNobody && load_relaxed(&c_.state->waiting_since_ns[peer]) == 0) expect(peer);
+  if (peer == kNobody) return;
+  if (load_relaxed(&c_.state->waiting_since_ns[peer]) == 0) expect(peer);
+  store_relaxed(&c_.state->waiting_peer, static_cast<u64>(peer) + 1);
 }
 
 void CpuMachine::end(i32 peer) {
   waiter_.reset();
-  if (peer != kNobody) store_relaxed(&c_.state->waiting_since_ns[peer], 0);
+  if (peer == kNobody) return;
+  store_relaxed(&c_.state->waiting_peer, 0);
+  store_relaxed(&c_.state->waiting_since_ns[peer], 0);
 }
 
 void CpuMachine::rest(i32 peer) {
