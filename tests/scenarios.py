@@ -81,8 +81,9 @@ def one_view_per_round(ranks: VirtualRanks, work: Work, tallies: list[Tally]) ->
 
 
 def overtaken() -> Wrong:
-    """Rank 1 is slow to copy rank 0's rows, and silent for a while: rank 0 gives it up. It beats again, the same members are
-    decided anew, the suspicion is lifted; and all that once more. Then rank 0 has the slot again that rank 1 still copies."""
+    """Rank 1 is slow to copy rank 0's rows, and silent for a while: rank 0 gives it up. It beats again, the
+    same members are decided anew, the suspicion is lifted; and all that once more. Then rank 0 has the slot again that
+    rank 1 still copies."""
     config = small(silence_ms=120, settle_ms=2000, num_max_tokens_per_rank=16)
     work = Work(config, 2)
     with VirtualRanks(2, config, poison=True) as ranks:
@@ -123,8 +124,8 @@ def running_ahead() -> Wrong:
 
 
 def voted_out_alive() -> Wrong:
-    """Rank 1 accuses everybody, so it goes, though nobody accuses it. It beats on, and never signals again: who waits for it
-    in a round of the view before must not do so for ever."""
+    """Rank 1 accuses everybody, so it goes, though nobody accuses it. It beats on, and never signals again: who waits
+    for it in a round of the view before must not do so for ever."""
     config = small(link_ms=150, stall_ms=60_000)
     work = Work(config, 4)
     with VirtualRanks(4, config) as ranks:
@@ -270,6 +271,9 @@ def lying(*lies: str, from_round: int = 4, wait_ms: int = 60_000) -> Wrong:
         wrong = corrupt([tallies[0], tallies[2]]) + [str(found) for found in suspicions_of(ranks, {0, 2})]
         # Its own accusations of those who refuse it are its business; it was honest enough to be answered.
         wrong += [f"the liar had no answer: {e}" for e in ranks.buffers[1].evidence() if e.kind == "link"]
+        refused = sum(ranks.buffers[rank].core.stats()["num_rejected"] for rank in (0, 2))
+        if refused == 0 and set(lies) & {"count", "expert", "choice", "num_choices", "twice"}:
+            wrong.append("a wrong number was believed")
         if ranks.buffers[1].core.num_faults() == 0:
             wrong.append("no lie was told: the scenario shows nothing")
         return wrong + lost_between_live(ranks, work, [tallies[0], tallies[2]], {1})
@@ -314,8 +318,8 @@ def foreign_incarnation() -> Wrong:
 
 
 def waiting_longer_than_a_stall() -> Wrong:
-    """Rank 2's rows reach rank 1 and not rank 0, then it stops as a process does: no beat, no tick, no exit. Rank 0 waits for
-    it longer than a stall lasts, and rank 1 waits for rank 0 all that time."""
+    """Rank 2's rows reach rank 1 and not rank 0, then it stops as a process does: no beat, no tick, no exit. Rank 0 waits
+    for it longer than a stall lasts, and rank 1 waits for rank 0 all that time."""
     config = small(silence_ms=700, stall_ms=300, num_experts=6)
     work = Work(config, 3)
     with VirtualRanks(3, config) as ranks:
@@ -346,7 +350,7 @@ def long_compute() -> Wrong:
 
 
 def everybody_slept() -> Wrong:
-    """The whole host stands still for longer than a silence timeout; a watcher that wakes first finds old beats everywhere."""
+    """The whole host stands still for longer than a silence timeout; who wakes first finds only old beats."""
     config = small(silence_ms=200, beat_ms=10)
     work = Work(config, 3)
     with VirtualRanks(3, config) as ranks:
@@ -380,7 +384,7 @@ def idle_group() -> Wrong:
 
 
 def evicted_while_waiting() -> Wrong:
-    """A rank stops, is evicted, wakes up and waits for peers that no longer speak to it: its call must end, and say why."""
+    """A rank stops, is evicted, wakes and waits for peers that no longer speak to it: its call must end, and say why."""
     config = small(silence_ms=150, link_ms=3000, stall_ms=60_000)
     work = Work(config, 3)
     with VirtualRanks(3, config) as ranks:

@@ -153,7 +153,8 @@ bool read_row_headers(Context& c, OpenRound& open, i32 src, u64 count) {
     memcpy(copy.data(), headers + c.at.header_stride * row, c.at.header_stride);
     RowHeader header;
     memcpy(&header, copy.data(), sizeof header);
-    if (header.num_choices < 1 || header.num_choices > c.at.max_choices) return false;
+    const bool counts = header.num_choices >= 1 && header.num_choices <= c.at.max_choices;
+    if (!counts && guarded(guard_check_index)) return false;
     for (i32 j = 0; j < header.num_choices; ++j) {
       RowChoice choice;
       memcpy(&choice, copy.data() + sizeof header + sizeof choice * static_cast<u64>(j), sizeof choice);
@@ -161,7 +162,7 @@ bool read_row_headers(Context& c, OpenRound& open, i32 src, u64 count) {
                             choice.choice >= 0 && choice.choice < c.shape.num_topk;
       if (!in_range && guarded(guard_check_index)) return false;
       // The same expert twice in a row would overflow its share of recv.x, which counts each token once.
-      for (i32 i = 0; i < j; ++i)
+      for (i32 i = 0; i < j && guarded(guard_check_index); ++i)
         if (open.received[open.received.size() - 1 - static_cast<size_t>(i)].local_expert == choice.local_expert)
           return false;
       open.received.push_back(
