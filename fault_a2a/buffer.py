@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -119,11 +120,12 @@ class Buffer:
         return [self.capacity * min(self.config.num_topk, self.num_local_experts), self.config.hidden]
 
     def _build_core(self, deadline: float) -> Any:
-        config, group = self.config, self.group
-        introductions = group.meet("start", deadline, self._introduction())
-        self._token = introductions[0].split()[1]
-        hosts = {rank: line.split()[0] for rank, line in enumerate(introductions)}
-        others = [rank for rank, host in hosts.items() if host != hosts[group.rank]]
+        self.group, lines = self.group.introduce(self._introduction(), deadline)
+        config, group, introductions = self.config, self.group, [line.split(maxsplit=2) for line in lines]
+        self._check_same_config([json.loads(config_text) for _, _, config_text in introductions])
+        self._token = introductions[0][1]
+        hosts = [host for host, _, _ in introductions]
+        others = [rank for rank, host in enumerate(hosts) if host != hosts[group.rank]]
         if others and group.fabric is None:
             raise ConstructError(
                 f"ranks {others} are on another host or see another /dev/shm than rank {group.rank}; "
@@ -135,8 +137,19 @@ class Buffer:
         return core.Endpoint(fields, None, self._token)
 
     def _introduction(self) -> str:
-        """Where this process runs, and a token that makes the names of this group's shared memory its own."""
-        return f"{host_of_this_process()} {time.time_ns():x}{core.now_ns() & 0xFFFFFF:x}"
+        """Where this process runs, a token that makes the names of this group's shared memory its own, the config."""
+        token = f"{time.time_ns():x}{core.now_ns() & 0xFFFFFF:x}"
+        return f"{host_of_this_process()} {token} {json.dumps(self.config.compared(self.group.num_ranks))}"
+
+    def _check_same_config(self, configs: list[dict[str, str]]) -> None:
+        for name, value in configs[self.rank].items():
+            others = {rank: config.get(name) for rank, config in enumerate(configs) if config.get(name) != value}
+            if others:
+                rank, other = next(iter(others.items()))
+                raise ConstructError(
+                    f"ranks {list(others)} were built with another Config than rank {self.rank}: {name} is {other} on "
+                    f"rank {rank} and {value} here"
+                )
 
     def _join(self, deadline: float) -> None:
         try:

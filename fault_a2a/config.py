@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -38,6 +39,8 @@ _WHOLE_NUMBERS = {
     "agreement_timeout_ms": (1, MAX_MS),
     "num_spare_partitions": (0, MAX_SPARE_PARTITIONS),
 }
+# How long each rank is ready to wait for the others is its own business.
+_MAY_DIFFER = ("construct_timeout_ms",)
 _CHOICES = {"recv_format": RECV_FORMATS, "reduce": REDUCES, "on_lost": ON_LOST}
 
 
@@ -145,6 +148,13 @@ class Config:
     def hidden_bytes(self) -> int:
         """Bytes of one row of ``x``."""
         return self.hidden * self.dtype.itemsize
+
+    def compared(self, num_ranks: int) -> dict[str, str]:
+        """What must be the same on every rank of a group of ``num_ranks``, as texts short enough to send around."""
+        fields = {name: str(value) for name, value in vars(self).items() if name not in _MAY_DIFFER}
+        expert_rank = repr(self.placement_for(num_ranks).expert_rank)
+        digest = hashlib.sha256(expert_rank.encode()).hexdigest()[:8]
+        return {"num_ranks": str(num_ranks), **fields, "placement": f"one with digest {digest}"}
 
     def capacity(self, num_ranks: int) -> int:
         """Rows that one expert can receive in one round: every token of every rank."""

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from fault_a2a.errors import ConstructError
 from fault_a2a.placement import MAX_NUM_RANKS
+
+LONGEST_PAUSE_S = 0.02  # between two looks at the store
 
 
 @dataclass(frozen=True)
@@ -23,9 +26,11 @@ class Group:
             view; no row and no beat goes through it.
         rank: this rank, 0 to ``num_ranks - 1``.
         num_ranks: ranks of the group, 1 to 1024.
-        name: several groups on one store need different names.
+        name: several groups on one store need different names. Several buffers of one group do not, if every rank
+            constructs them in the same order.
         fabric: virtual ranks of one process share one (see ``fault_a2a.testing.VirtualRanks``); ``None`` means shared
             memory between the processes of this host.
+        construction: set by ``introduce``.
     """
 
     store: Any
@@ -33,6 +38,7 @@ class Group:
     num_ranks: int
     name: str = "default"
     fabric: Any = None
+    construction: str = ""
 
     def __post_init__(self) -> None:
         if not 1 <= self.num_ranks <= MAX_NUM_RANKS:
@@ -41,7 +47,8 @@ class Group:
             raise ValueError(f"rank is {self.rank}; give a number from 0 to num_ranks - 1 = {self.num_ranks - 1}")
 
     def key(self, *parts: object) -> str:
-        return "/".join(["fault_a2a", self.name, *map(str, parts)])
+        construction = [self.construction] if self.construction else []
+        return "/".join(["fault_a2a", self.name, *construction, *map(str, parts)])
 
     def meet(
         self, point: str, deadline: float, value: str = "here", trouble: Callable[[], str] | None = None
@@ -57,32 +64,49 @@ class Group:
         try:
             self.store.set(keys[self.rank], value)
             self._wait(keys, point, deadline, trouble or (lambda: ""))
-            return [bytes(self.store.get(key)).decode() for key in keys]
+            return self._read(keys)
         except ConstructError:
             raise
         except RuntimeError as error:  # the store's own errors are
             raise ConstructError(f"group '{self.name}' lost its store on the way to '{point}' ({error}).") from error
 
+    def introduce(self, value: str, deadline: float) -> tuple[Group, list[str]]:
+        """The first meeting: what each rank brought, and this group with keys that only this construction uses.
+
+        The store may still hold what an earlier buffer or attempt brought. So each rank publishes a digest of all that
+        it read, and reads again until all digests are the same: whoever has the digest of my new ``value`` has read it.
+        ``value`` must be unlike any that this rank brought before.
+        """
+        brought = self.meet("start", deadline, value)
+        start_keys = [self.key("start", rank) for rank in range(self.num_ranks)]
+        while True:
+            digest = hashlib.sha256("\n".join(brought).encode()).hexdigest()[:16]
+            digests = self.meet("read", deadline, digest)
+            others = [rank for rank, other in enumerate(digests) if other != digest]
+            if not others:
+                return replace(self, construction=digest), brought
+            if time.monotonic() >= deadline:
+                raise ConstructError(f"ranks {others} did not join this attempt of group '{self.name}' in time")
+            time.sleep(LONGEST_PAUSE_S)
+            brought = self._read(start_keys)
+
+    def _read(self, keys: list[str]) -> list[str]:
+        return [bytes(self.store.get(key)).decode() for key in keys]
+
     def _wait(self, keys: list[str], point: str, deadline: float, trouble: Callable[[], str]) -> None:
         # Not store.wait(): when its time is over it writes to stderr, and a rank that is late is no news.
-        pause_s, longest_pause_s = 0.001, 0.02
-        came: set[str] = set()
+        pause_s = 0.001
         while not self.store.check(keys):
             sentence = trouble()
             # Whoever came through has done so after all had come: it may leave, or even die, while I am asleep.
             if sentence and not self.store.check(keys):
                 raise ConstructError(sentence)
-            if pause_s == longest_pause_s:  # somebody is late, and not those who will have given up before I do
-                came.update(key for key in keys if key not in came and self.store.check([key]))
             if time.monotonic() >= deadline:
                 missing = [rank for rank, key in enumerate(keys) if not self.store.check([key])]
-                late = [rank for rank in missing if keys[rank] not in came]
                 if missing:
-                    raise ConstructError(
-                        f"ranks {late or missing} did not reach '{point}' of group '{self.name}' in time"
-                    )
+                    raise ConstructError(f"ranks {missing} did not reach '{point}' of group '{self.name}' in time")
             time.sleep(pause_s)
-            pause_s = min(2 * pause_s, longest_pause_s)
+            pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
 
 
 def host_of_this_process() -> str:
