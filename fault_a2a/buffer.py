@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -12,10 +12,12 @@ import torch
 
 from fault_a2a import ops
 from fault_a2a._core import core
-from fault_a2a.config import Config
+from fault_a2a.checks import check_kind, check_tensor
+from fault_a2a.config import MAX_MS, MIN_BEATS_PER_SILENCE, Config
 from fault_a2a.errors import ClosedError, ConstructError, FaultA2AError, QuorumLostError, RankEvictedError
 from fault_a2a.group import Group, as_group, forget_names, host_of_this_process
 from fault_a2a.membership import Evidence, MembershipThread, StoreArbiter, View
+from fault_a2a.placement import as_whole_number
 
 _INDEX_DTYPES = (torch.int64, torch.int32)
 
@@ -204,6 +206,9 @@ class Buffer:
             RuntimeError: a third round would be open.
             RankEvictedError, QuorumLostError, ClosedError: this rank may not go on.
         """
+        check_kind("x", x)
+        check_kind("topk_idx", topk_idx)
+        check_kind("topk_weights", topk_weights)
         recv_x, num_tokens, offsets, handle = torch.ops.fault_a2a.dispatch(x, topk_idx, topk_weights, self.id)
         if self.config.recv_format == "packed" and not torch.compiler.is_compiling():
             recv_x = recv_x[: int(handle[3])]
@@ -221,8 +226,8 @@ class Buffer:
         Returns:
             ``out`` ``[num_tokens, hidden]`` and the ``Outcome``. ``out`` holds exactly the delivered choices.
         """
-        if not isinstance(handle, Handle):
-            raise TypeError(f"handle is a {type(handle).__name__}; give the handle that dispatch returned")
+        _check_is_handle(handle)
+        check_kind("y", y)
         out, codes, lost = torch.ops.fault_a2a.combine(y, handle.topk_weights, handle.tensor, self.id)
         return out, Outcome(codes, lost)
 
@@ -231,6 +236,7 @@ class Buffer:
 
         Blocks as ``combine`` does. The other ranks and later rounds are not affected.
         """
+        _check_is_handle(handle)
         round_number, _ = self._check_handle(handle.tensor)
         status, _ = self.core.combine(0, round_number, 0, 0, 0, True)
         self._raise_for(status)
@@ -291,19 +297,19 @@ class Buffer:
 
     def _check_tokens(self, x: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> None:
         config = self.config
-        _check_tensor("x", x, (config.dtype,), [None, config.hidden])
+        check_tensor("x", x, (config.dtype,), [None, config.hidden])
         if x.shape[0] > config.num_max_tokens_per_rank:
             raise ValueError(
                 f"x has {x.shape[0]} tokens; give at most num_max_tokens_per_rank = {config.num_max_tokens_per_rank}, "
                 "or construct the Buffer with a larger one"
             )
         shape = [x.shape[0], config.num_topk]
-        _check_tensor("topk_idx", topk_idx, _INDEX_DTYPES, shape)
-        _check_tensor("topk_weights", topk_weights, (torch.float32,), shape)
+        check_tensor("topk_idx", topk_idx, _INDEX_DTYPES, shape)
+        check_tensor("topk_weights", topk_weights, (torch.float32,), shape)
 
     def _check_handle(self, handle: torch.Tensor) -> tuple[int, int]:
         """(round, num_tokens) of an open round of this buffer."""
-        _check_tensor("handle", handle, (torch.int64,), [ops.HANDLE_WORDS])
+        check_tensor("handle", handle, (torch.int64,), [ops.HANDLE_WORDS])
         buffer_id, round_number, num_tokens, _ = handle.tolist()
         if buffer_id != self.id:
             raise ValueError(
@@ -320,11 +326,11 @@ class Buffer:
 
     def _check_expert_rows(self, y: torch.Tensor, num_received: int) -> None:
         if self.config.recv_format == "batched":
-            _check_tensor("y", y, (self.config.dtype,), self.recv_shape)
+            check_tensor("y", y, (self.config.dtype,), self.recv_shape)
             return
         # Compiled callers hand back the whole of recv.x, others the received rows.
         rows = y.shape[0] if y.dim() == 2 and y.shape[0] == self.recv_shape[0] else num_received
-        _check_tensor("y", y, (self.config.dtype,), [rows, self.config.hidden])
+        check_tensor("y", y, (self.config.dtype,), [rows, self.config.hidden])
 
     def _raise_for(self, status: str) -> None:
         if status != "ok":
@@ -380,11 +386,13 @@ class Buffer:
 
     def set_timeouts(self, rank: int, silence_ms: int | None = None, stall_ms: int | None = None) -> None:
         """Changes how long this rank bears with ``rank``, at once; ``None`` leaves a value as it is."""
-        if not 0 <= rank < self.num_ranks:
+        if not 0 <= as_whole_number("rank", rank) < self.num_ranks:
             raise ValueError(f"rank is {rank}; give a number from 0 to {self.num_ranks - 1}")
+        # A shorter silence could not be measured: see Config.
+        shortest = {"silence_ms": MIN_BEATS_PER_SILENCE * self.config.beat_ms, "stall_ms": 1}
         for name, value in (("silence_ms", silence_ms), ("stall_ms", stall_ms)):
-            if value is not None and value <= 0:
-                raise ValueError(f"{name} is {value}; give a positive number of milliseconds")
+            if value is not None and not shortest[name] <= as_whole_number(name, value) <= MAX_MS:
+                raise ValueError(f"{name} is {value}; give {shortest[name]} to {MAX_MS} milliseconds")
         self.core.set_timeouts(rank, silence_ms or 0, stall_ms or 0)
 
     # -- the end -----------------------------------------------------------------------------------------------------
@@ -425,22 +433,9 @@ def _need_hooks() -> None:
         raise RuntimeError("faults need the test build; set FAULT_A2A_CORE=hooks before importing fault_a2a")
 
 
-def _check_tensor(name: str, tensor: Any, dtypes: tuple[torch.dtype, ...], shape: Sequence[int | None]) -> None:
-    if not isinstance(tensor, torch.Tensor):
-        raise TypeError(f"{name} is a {type(tensor).__name__}; give a torch.Tensor")
-    if tensor.device.type != "cpu":
-        raise ValueError(f"{name} is on {tensor.device}; this buffer works on the CPU, so give {name}.cpu()")
-    if tensor.dtype not in dtypes:
-        wanted = " or ".join(str(dtype) for dtype in dtypes)
-        raise TypeError(f"{name} is {tensor.dtype}; convert it to {wanted}")
-    fits = tensor.dim() == len(shape) and all(
-        want in (None, have) for have, want in zip(tensor.shape, shape, strict=True)
-    )
-    if not fits:
-        wanted = ", ".join("num_tokens" if want is None else str(want) for want in shape)
-        raise ValueError(f"{name} has shape {list(tensor.shape)}; give [{wanted}]")
-    if not tensor.is_contiguous():
-        raise ValueError(f"{name} is not contiguous (strides {tensor.stride()}); give {name}.contiguous()")
+def _check_is_handle(handle: Any) -> None:
+    if not isinstance(handle, Handle):
+        raise TypeError(f"handle is a {type(handle).__name__}; give the handle that dispatch returned")
 
 
 def core_fields(config: Config, num_ranks: int, rank: int) -> dict[str, Any]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import logging
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from fault_a2a.group import Group
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,8 @@ class MembershipThread:
         self._thread.start()
 
     def on_view_change(self, callback: Callable[[View], None]) -> None:
+        if not callable(callback):
+            raise TypeError(f"callback is a {type(callback).__name__}; give a function of one View")
         self._callbacks.append(callback)
 
     def stop(self) -> None:
@@ -137,4 +142,7 @@ class MembershipThread:
                 continue
             self._told_epoch = decision["epoch"]
             for callback in self._callbacks:
-                callback(View.of(decision))
+                try:
+                    callback(View.of(decision))
+                except Exception:  # the group must go on: this thread carries its proposals
+                    _log.exception("a callback of on_view_change failed; views go on without it")
