@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -110,6 +111,9 @@ class Buffer:
             self.close()
             forget_names(self._token)
             raise
+        # Somebody who drops the buffer, or ends the process, leaves the group: the native threads would keep its place
+        # for ever, or meet a dying interpreter.
+        weakref.finalize(self, _leave, self.core, self._membership)
 
     # -- construction ------------------------------------------------------------------------------------------------
 
@@ -402,9 +406,7 @@ class Buffer:
         if self._closed:
             return
         self._closed = True
-        self.core.close()
-        if self._membership is not None:
-            self._membership.stop()
+        _leave(self.core, self._membership)
 
     def __enter__(self) -> Buffer:
         return self
@@ -426,6 +428,12 @@ class Buffer:
         _need_hooks()
         self._cut: set[int] = getattr(self, "_cut", set()) | {rank}
         self.core.set_faults({"cut": sorted(self._cut)})
+
+
+def _leave(endpoint: Any, membership: MembershipThread | None) -> None:
+    endpoint.close()
+    if membership is not None:
+        membership.stop()
 
 
 def _need_hooks() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import threading
 import weakref
 from typing import TYPE_CHECKING
@@ -38,13 +37,6 @@ def register(buffer: Buffer) -> int:
         buffer_id, _next_id = _next_id, _next_id + 1
     _buffers[buffer_id] = buffer
     return buffer_id
-
-
-@atexit.register
-def _close_all() -> None:
-    """A process that ends leaves its groups. Without this, threads that wait in native code meet a dying interpreter."""
-    for buffer in list(_buffers.values()):
-        buffer.close()
 
 
 def find(buffer_id: int) -> Buffer:
