@@ -318,8 +318,8 @@ def foreign_incarnation() -> Wrong:
 
 
 def waiting_longer_than_a_stall() -> Wrong:
-    """Rank 2's rows reach rank 1 and not rank 0, then it stops as a process does: no beat, no tick, no exit. Rank 0 waits
-    for it longer than a stall lasts, and rank 1 waits for rank 0 all that time."""
+    """Rank 2's rows reach rank 1 and not rank 0, then it stops as a process does: no beat, no tick, no exit. Rank 0
+    waits for it longer than a stall lasts, and rank 1 waits for rank 0 all that time."""
     config = small(silence_ms=700, stall_ms=300, num_experts=6)
     work = Work(config, 3)
     with VirtualRanks(3, config) as ranks:
@@ -360,7 +360,7 @@ def everybody_slept() -> Wrong:
             checker = Checker(buffer, work)
             checker.run(1)
             if buffer.rank == 0:
-                time.sleep(0.1)  # it waits for rank 1 by now or soon
+                time.sleep(0.1)  # it waits for rank 1 by now
                 buffer.core.pause_pulse(300)
             else:
                 time.sleep(0.05)
@@ -384,7 +384,7 @@ def idle_group() -> Wrong:
 
 
 def evicted_while_waiting() -> Wrong:
-    """A rank stops, is evicted, wakes and waits for peers that no longer speak to it: its call must end, and say why."""
+    """A rank stops, is evicted, wakes and waits for peers that no longer speak to it: its call must end."""
     config = small(silence_ms=150, link_ms=3000, stall_ms=60_000)
     work = Work(config, 3)
     with VirtualRanks(3, config) as ranks:
