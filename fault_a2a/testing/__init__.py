@@ -8,9 +8,10 @@ from typing import Any
 _HOME = {
     "RowInvariance": "row_invariance",
     "check_row_invariant": "row_invariance",
+    "VirtualRanks": "virtual",
 }
 
-__all__ = ["RowInvariance", "check_row_invariant"]
+__all__ = ["RowInvariance", "VirtualRanks", "check_row_invariant"]
 
 
 def __getattr__(name: str) -> Any:
