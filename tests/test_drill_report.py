@@ -11,7 +11,7 @@ from fault_a2a.cli.drill import screen
 from fault_a2a.cli.drill.faults import parse_faults
 from fault_a2a.cli.drill.options import Drill
 from fault_a2a.cli.drill.report import WAKING_NS, report
-from fault_a2a.cli.drill.story import DEAD, EVICTED, FAILED, FINISHED, RUNNING, FaultStory, RankStory, Story
+from fault_a2a.cli.drill.story import DEAD, EVICTED, FAILED, FINISHED, RUNNING, SUSPENDED, FaultStory, RankStory, Story
 
 KEYS = [
     *("ranks", "survivors", "evicted", "epochs", "steps_completed", "detect_ms", "agree_ms", "first_good_step_ms"),
@@ -60,7 +60,7 @@ def tell(story, rank, *messages):
 
 def end(story, rank, how=FINISHED, fault_at_ns=(0, 0, 0, 0)):
     tell(story, rank, {"is": "end", "how": how, "why": "" if how == FINISHED else "told so"})
-    tell(story, rank, {"is": "final", "fault_at_ns": list(fault_at_ns), "suspects": []})
+    tell(story, rank, {"is": "final", "fault_at_ns": list(fault_at_ns), "suspects": [], "evicted": False})
     story.ranks[rank].exit_status = WELL_STATUS
 
 
@@ -269,6 +269,22 @@ def test_evicted_without_a_fault():
     assert red(drill, story, "rank 1 was evicted, and no fault had struck it")["false_suspicions"] == 1
 
 
+@pytest.mark.parametrize("rank", [2, 1])
+def test_who_is_cut_off_from_all_who_decided_may_suspend_itself(rank):
+    drill, story = cut()
+    story.ranks[rank].state = SUSPENDED
+    answer = report(drill, story)
+    assert answer["ok"] is (rank == 2), answer["problems"]
+
+
+def test_evicted_after_the_last_step():
+    drill, story = cut()
+    story.ranks[2].state = FINISHED
+    red(drill, story, "rank 2 completed its steps although the last view is without it")
+    tell(story, 2, {"is": "final", "fault_at_ns": [0] * 4, "suspects": [], "evicted": True})
+    assert report(drill, story)["ok"]
+
+
 def test_one_cut_costs_two():
     drill, story = cut()
     for rank in (0, 3):
@@ -285,6 +301,15 @@ def test_nobody_paid_for_a_kill():
         story.ranks[rank].epoch = 0
     answer = red(drill, story, f"nobody was evicted for the fault 'kill 1@{FAULT_STEP}'")
     assert answer["survivors"] == [0, 1, 2, 3] and answer["detect_ms"] is None
+
+
+@pytest.mark.parametrize(("victims", "must_go"), [([1], True), ([3, 2], True), ([0, 1], False), ([1, 2, 3], False)])
+def test_a_minority_waits_for_the_stopped_to_wake(victims, must_go):
+    """Half of a group may decide only with its lowest rank in it."""
+    drill, story = healthy()
+    drill = replace(drill, faults=make_drill(stop=[f"{rank}@5:4000" for rank in victims]).faults)
+    story.faults = [FaultStory(fault, at_ns=at(5), happened=True, woken_ns=at(405)) for fault in drill.faults]
+    assert report(drill, story)["ok"] is not must_go
 
 
 def test_evicted_for_a_stop_far_too_short():

@@ -100,7 +100,7 @@ class _Parent:
         self.children: list[_Child] = []
         self.due: list[_Due] = []
         self.store: Any = None
-        self.ending = ""  # what the finished ranks were told last: "", "settle" or "close"
+        self.ending = ""  # what the finished ranks were told last: settle, report or close
 
     def run(self) -> None:
         for rank in range(self.drill.ranks):
@@ -287,21 +287,22 @@ class _Parent:
         alive = [one for one in self.story.ranks if one.alive]
         if self.ending == "" and not self._striking() and all(one.state in (FINISHED, *ENDED) for one in alive):
             dead = " ".join(str(one.rank) for one in self.story.ranks if one.state in (DEAD, FAILED))
-            self._tell_finished(f"settle {dead}")
-            self.ending = "settle"
-        elif self.ending == "settle" and all(one.told_all for one in alive):
+            self._tell_finished("settle", dead)
+        elif self.ending == "settle" and all(one.settled for one in alive if one.state == FINISHED):
+            self._tell_finished("report", str(max((one.epoch for one in alive), default=0)))
+        elif self.ending == "report" and all(one.told_all for one in alive):
             self._tell_finished("close")
-            self.ending = "close"
 
     def _striking(self) -> bool:
         """A signal is due, or under way to a process that has not felt it yet."""
         sent = [one for one in self.story.faults if one.at_ns and one.fault.after_us is not None and not one.happened]
         return bool(self.due) or any(self.story.ranks[one.fault.rank].alive for one in sent)
 
-    def _tell_finished(self, line: str) -> None:
+    def _tell_finished(self, order: str, rest: str = "") -> None:
+        self.ending = order
         for one in self.story.ranks:
-            if one.alive and one.state == FINISHED:
-                self._order(one.rank, line)
+            if one.alive and (one.state == FINISHED or one.settled):
+                self._order(one.rank, f"{order} {rest}")
 
     def _give_up(self, patience_ns: int) -> None:
         """Nothing was heard for too long: asks every rank where it stands."""

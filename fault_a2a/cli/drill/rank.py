@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -135,7 +136,9 @@ class DrillRank:
         self._tell_stops_survived()
         self.pipes.tell("end", how=how, why=why)
         if how == story.FINISHED:
-            self._settle([int(rank) for rank in self.pipes.order("settle").split()])
+            self._settle({int(rank) for rank in self.pipes.order("settle").split()})
+            self.pipes.tell("settled", epoch=self.buffer.view.epoch)
+            self._come_to(int(self.pipes.order("report")))
         self._tell_last()
         if how == story.FINISHED:  # an earlier leave could be taken for a fault by those who still run
             self.pipes.order("close")
@@ -236,17 +239,28 @@ class DrillRank:
         while not self._ended.wait(LIVE_POLL_S):
             self._tell_seen()
 
-    def _settle(self, dead: list[int]) -> None:
-        """Waits until the view without ``dead`` is in place, so that one who died at the very end is counted."""
+    def _settle(self, dead: set[int]) -> None:
+        """Waits until nobody who is in is dead or suspected: a fault in the last step is still being dealt with."""
+        self._wait_for(lambda: not (dead | set(self.buffer.core.suspects())) & set(self.buffer.view.active_ranks))
+
+    def _come_to(self, epoch: int) -> None:
+        """Waits for a view that another rank has already."""
+        self._wait_for(lambda: self.buffer.view.epoch >= epoch)
+
+    def _wait_for(self, condition: Callable[[], bool]) -> None:
         deadline = time.monotonic() + SETTLE_S
-        while time.monotonic() < deadline and set(dead) & set(self.buffer.view.active_ranks):
+        while time.monotonic() < deadline and not condition() and not self._is_evicted():
             time.sleep(0.001)
+
+    def _is_evicted(self) -> bool:
+        return not self.buffer.views()[-1][0].active_mask[self.rank]
 
     def _tell_last(self) -> None:
         self._ended.set()
         self._tell_seen()
         words = [self.buffer.core.fault_at_ns(rank) for rank in range(self.drill.ranks)]
-        self.pipes.tell("final", fault_at_ns=words, suspects=self.buffer.core.suspects())
+        suspects, evicted = self.buffer.core.suspects(), self._is_evicted()
+        self.pipes.tell("final", fault_at_ns=words, suspects=suspects, evicted=evicted)
 
 
 def _fields(view: View, installed_at_ns: int) -> dict[str, Any]:

@@ -234,16 +234,22 @@ class _Judged:
         for one in self.story.ranks:
             if one.state == FAILED:
                 yield f"rank {one.rank} failed: {_last_line(one.why) or 'no reason told'}"
-            elif one.state == SUSPENDED:
+            elif one.state == SUSPENDED and not (one.rank in self.hit and one.rank in self.evicted):
+                # A rank that is cut off from all who decided cannot learn that they did: it may only stop by itself.
                 yield f"rank {one.rank} could not go on: {one.why}"
             elif one.rank in self.survivors and (one.state != FINISHED or not one.ended_well):
                 yield f"rank {one.rank} is in the last view and ended as {one.state} in step {one.next_step}"
-            elif one.state == FINISHED and one.rank not in self.survivors:
+            elif one.state == FINISHED and one.rank not in self.survivors and not self._cut_at_the_end(one.rank):
                 yield f"rank {one.rank} completed its steps although the last view is without it"
             elif one.state == EVICTED and not one.ended_well:
                 yield f"rank {one.rank} was evicted and did not end by itself"
             if self.last_view and one in self.living and one.epoch != self.last_view.epoch:
                 yield f"rank {one.rank} never came to epoch {self.last_view.epoch}"
+
+    def _cut_at_the_end(self, rank: int) -> bool:
+        """Cut off in the last step: it may never hear that the others decided without it, and has nothing left to do."""
+        cuts = [one.fault for one in self.happened if one.fault.kind == "cut" and rank in one.fault.ranks]
+        return any(fault.step == self.drill.steps - 1 for fault in cuts)
 
     def _fault_problems(self) -> Iterator[str]:
         for told in self.story.faults:
@@ -271,7 +277,16 @@ class _Judged:
         # A stop from outside may fall behind the rank's last signal, and then nobody waits for it.
         done = sum(step.end_ns < (told.at_ns or 0) for step in steps)
         needed = told.fault.armed_phase is not None or done < self.drill.steps - 1
-        return needed and duration_ms > CERTAIN_GO * self.drill.silence_ms + GO_MARGIN_MS
+        return (
+            needed and self._others_are_a_quorum() and duration_ms > CERTAIN_GO * self.drill.silence_ms + GO_MARGIN_MS
+        )
+
+    def _others_are_a_quorum(self) -> bool:
+        """Whether those whom no fault hit may decide alone: otherwise they wait for the stopped ones to wake."""
+        killed = {one.fault.rank for one in self.happened if one.fault.kind == "kill"}
+        members = set(range(self.drill.ranks)) - killed
+        well = members - self.hit
+        return 2 * len(well) > len(members) or (2 * len(well) == len(members) and min(members) in well)
 
     def _must_stay(self, told: FaultStory) -> bool:
         duration_ms = told.fault.duration_ms

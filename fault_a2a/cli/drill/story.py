@@ -71,6 +71,7 @@ class RankStory:
     epoch: int = 0
     round_number: int = 0
     why: str = ""  # the error it ended with, or what is wrong with a step
+    settled: bool = False  # it has completed its steps, and nobody who is in is suspected by it
     told_all: bool = False  # its last message has come
     exit_status: int | None = None  # as of waitpid
     ended_by_drill: bool = False  # the drill killed it to be rid of it
@@ -189,7 +190,12 @@ class Story:
             return []
         return [f"rank {story.rank} ends as {story.state}: {story.why.strip().splitlines()[-1]}"]
 
+    def _hear_settled(self, story: RankStory, message: Message) -> None:
+        story.settled, story.epoch = True, message["epoch"]
+
     def _hear_final(self, story: RankStory, message: Message) -> None:
+        if message["evicted"] and story.state == FINISHED:
+            story.state, story.why = EVICTED, "evicted after its last step"  # it made no call that could have told it
         story.fault_at_ns = {rank: at_ns for rank, at_ns in enumerate(message["fault_at_ns"]) if at_ns}
         story.suspects, story.told_all = message["suspects"], True
 
