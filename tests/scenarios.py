@@ -388,15 +388,15 @@ def evicted_while_waiting() -> Wrong:
     config = small(silence_ms=150, link_ms=3000, stall_ms=60_000)
     work = Work(config, 3)
     with VirtualRanks(3, config) as ranks:
-        # It stops after its rows of round 3 are out and wakes before it waits for round 3's answers.
-        ranks.buffers[2].arm("dispatch.rows_sent", 3, "sleep_us", 600_000)
+        # Its kernels wake before its native thread does, so they are waiting in a later round when the eviction is learned.
+        ranks.buffers[2].arm("dispatch.rows_sent", 3, "sleep_us", 500_000)
         woken = [0.0]
 
         def one(buffer: Buffer) -> Tally:
             checker = Checker(buffer, work)
             checker.run(2)
             if buffer.rank == 2:
-                buffer.core.pause_pulse(600)
+                buffer.core.pause_pulse(900)
             tally = checker.run(10)
             if buffer.rank == 2:
                 woken[0] = time.monotonic()
