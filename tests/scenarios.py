@@ -385,7 +385,7 @@ def idle_group() -> Wrong:
 
 def evicted_while_waiting() -> Wrong:
     """A rank stops, is evicted, wakes and waits for peers that no longer speak to it: its call must end."""
-    config = small(silence_ms=150, link_ms=3000, stall_ms=60_000)
+    config = small(silence_ms=150, link_ms=1500, stall_ms=60_000)
     work = Work(config, 3)
     with VirtualRanks(3, config) as ranks:
         # Its kernels wake before its native thread does, so they are waiting in a later round when the eviction is learned.
