@@ -247,7 +247,7 @@ class _Judged:
                 yield f"rank {one.rank} never came to epoch {self.last_view.epoch}"
 
     def _cut_at_the_end(self, rank: int) -> bool:
-        """Cut off in the last step: it may never hear that the others decided without it, and has nothing left to do."""
+        """Cut off in the last step: it may never hear that the others decided, and has nothing left to do."""
         cuts = [one.fault for one in self.happened if one.fault.kind == "cut" and rank in one.fault.ranks]
         return any(fault.step == self.drill.steps - 1 for fault in cuts)
 
