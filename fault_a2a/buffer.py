@@ -164,7 +164,6 @@ class Buffer:
             self.core.open_peers()
             self.group.meet("opened", deadline)
             self.id = ops.register(self)
-            self._recv_x = [torch.empty(self.recv_shape, dtype=self.config.dtype) for _ in range(2)]
             self._membership = MembershipThread(self.core, StoreArbiter(self.group))
             self._warm_up()
             self.group.meet("warm", deadline, trouble=self._who_gave_up)
@@ -251,8 +250,8 @@ class Buffer:
         self._check_open()
         self._check_tokens(x, topk_idx, topk_weights)
         num_tokens = x.shape[0]
-        # A handle that is not combined yet still owns the rows of its parity; the core refuses a third round below.
-        recv_x = self._recv_x[self.core.stats()["next_round"] % 2].view(self.recv_shape)
+        # Memory of its own for each round: a compiler computes in place and hands on what it was given.
+        recv_x = torch.empty(self.recv_shape, dtype=self.config.dtype)
         counts = torch.empty([self.num_local_experts], dtype=torch.int32)
         offsets = torch.empty([self.num_local_experts + 1], dtype=torch.int32)
         status, round_number, num_received, token, choice, value = self.core.dispatch(

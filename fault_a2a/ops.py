@@ -7,6 +7,7 @@ import weakref
 from typing import TYPE_CHECKING
 
 import torch
+from torch._higher_order_ops.effects import _EffectType, _register_effectful_op
 
 if TYPE_CHECKING:
     from fault_a2a.buffer import Buffer
@@ -98,3 +99,7 @@ torch.library.register_fake("fault_a2a::combine", _fake_combine, lib=_library)
 # Experts are trained elsewhere: serving only.
 _library.impl("dispatch", torch.library.fallthrough_kernel, "AutogradCPU")
 _library.impl("combine", torch.library.fallthrough_kernel, "AutogradCPU")
+# A round is a meeting with the peers: no compiler may drop one whose output nobody reads, merge two with equal
+# inputs, or change their order, least of all on one rank only.
+_register_effectful_op(torch.ops.fault_a2a.dispatch.default, _EffectType.ORDERED)
+_register_effectful_op(torch.ops.fault_a2a.combine.default, _EffectType.ORDERED)
