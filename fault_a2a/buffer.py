@@ -17,6 +17,7 @@ from fault_a2a.checks import check_kind, check_tensor
 from fault_a2a.config import MAX_MS, MIN_BEATS_PER_SILENCE, Config
 from fault_a2a.errors import ClosedError, ConstructError, FaultA2AError, QuorumLostError, RankEvictedError
 from fault_a2a.group import Group, as_group, forget_names, host_of_this_process
+from fault_a2a.lent_memory import LentMemory
 from fault_a2a.membership import Evidence, MembershipThread, StoreArbiter, View
 from fault_a2a.placement import as_whole_number
 
@@ -164,6 +165,7 @@ class Buffer:
             self.core.open_peers()
             self.group.meet("opened", deadline)
             self.id = ops.register(self)
+            self._memory = LentMemory(self.recv_shape, self.config.dtype)
             self._membership = MembershipThread(self.core, StoreArbiter(self.group))
             self._warm_up()
             self.group.meet("warm", deadline, trouble=self._who_gave_up)
@@ -250,8 +252,8 @@ class Buffer:
         self._check_open()
         self._check_tokens(x, topk_idx, topk_weights)
         num_tokens = x.shape[0]
-        # Memory of its own for each round: a compiler computes in place and hands on what it was given.
-        recv_x = torch.empty(self.recv_shape, dtype=self.config.dtype)
+        # Not one buffer for a parity: a compiler computes in place, and hands on what it was given.
+        recv_x = self._memory.lend()
         counts = torch.empty([self.num_local_experts], dtype=torch.int32)
         offsets = torch.empty([self.num_local_experts + 1], dtype=torch.int32)
         status, round_number, num_received, token, choice, value = self.core.dispatch(
