@@ -228,10 +228,10 @@ void Pulse::apply(AgreementStep& step, i64 now) {
 // The install may have to wait for this rank's own device (ring_has_room); the promise never does.
 void Pulse::install(const Decision& decision, i64 now) {
   if (!ring_has_room(state_.ring, load_acquire(&state_.started))) return;
-  install_view(state_, decision.view);
+  install_view(state_, decision.view, proven_dead_);
   publish(decision);
   for (i32 rank = 0; rank < options_.agreement.num_ranks; ++rank)
-    if (decision.view.active.has(rank)) marked_.remove(rank);
+    if (decision.view.active.has(rank) && !proven_dead_.has(rank)) marked_.remove(rank);
   agreement_.installed(decision);
   detector_.new_view();
   proposal_.reset();

@@ -43,7 +43,9 @@ FA2A_HD constexpr u64 promised_round(const Promise& promise) {
 }
 
 // Host: publish the view, then lift the limit; a gate that opened first could start a new round under the old view.
-FA2A_HD void install_view(RankState& state, const View& view) {
+// `gone` are ranks proven dead meanwhile, whom this view still keeps: lifting their suspicion would open the gate to a
+// round that waits for them.
+FA2A_HD void install_view(RankState& state, const View& view, const RankSet& gone) {
   const u64 index = state.ring.newest + 1;
   // Rounds that are open, or still to be run, under the view before must not wait for a rank that was left out: it may
   // well live and beat, and will never signal again.
@@ -55,7 +57,7 @@ FA2A_HD void install_view(RankState& state, const View& view) {
   for (i32 i = 0; i < RankSet::kNumWords; ++i) {
     // A new view lifts the suspicion of those it keeps. It never restores consent.
     const u64 suspects = load_acquire(&state.suspects.words[i]);
-    fetch_and(&state.suspects.words[i], ~(suspects & view.active.words[i]));
+    fetch_and(&state.suspects.words[i], ~(suspects & view.active.words[i] & ~gone.words[i]));
   }
   store_release(&state.round_limit, kNoLimit);
 }

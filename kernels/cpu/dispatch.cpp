@@ -233,6 +233,7 @@ i32 place_rows(const Context& c, OpenRound& open, const DispatchArgs& args) {
 
 void copy_rows(Context& c, const OpenRound& open, const DispatchArgs& args) {
   size_t num_seen = 0;
+  if (open.received.empty()) c.wire->at(Point::dispatch_copy, open.round);
   const auto hidden_bytes = static_cast<u64>(c.shape.hidden_bytes);
   for (const Received& row : open.received) {
     if (num_seen++ == open.received.size() / 4) c.wire->at(Point::dispatch_copy, open.round);
