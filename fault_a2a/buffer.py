@@ -178,8 +178,10 @@ class Buffer:
     def _warm_up(self) -> None:
         """One empty round through the whole machine, in which only an exit can end a wait."""
         empty = torch.empty([0, self.config.num_topk])
-        _, handle = self.dispatch(torch.empty([0, self.config.hidden], dtype=self.config.dtype), empty.long(), empty)
-        self.abandon(handle)
+        received, handle = self.dispatch(
+            torch.empty([0, self.config.hidden], dtype=self.config.dtype), empty.long(), empty
+        )
+        self.combine(received.x, handle)
         if self._who_gave_up():
             raise ConstructError(self._who_gave_up())
 
