@@ -388,7 +388,7 @@ def evicted_while_waiting() -> Wrong:
     config = small(silence_ms=150, link_ms=1500, stall_ms=60_000)
     work = Work(config, 3)
     with VirtualRanks(3, config) as ranks:
-        # Its kernels wake before its native thread does, so they are waiting in a later round when the eviction is learned.
+        # Its kernels wake before its native thread does, so they wait in a later round when the eviction is learned.
         ranks.buffers[2].arm("dispatch.rows_sent", 3, "sleep_us", 500_000)
         woken = [0.0]
 

@@ -106,7 +106,8 @@ Status gather(Context& c, CpuMachine& machine, const OpenRound& open, RankSet& d
 }
 
 // float32 sums, each rounded once per choice, so that the order of k is the order of the reference.
-float missing_factor(const Context& c, const OpenRound& open, const u8* codes, size_t first) {
+// `zero`: nothing that was delivered has any weight, so there is nothing to scale up.
+float missing_factor(const Context& c, const OpenRound& open, const u8* codes, size_t first, bool& zero) {
   float all = 0.0f, here = 0.0f;
   bool missing = false;
   for (i32 k = 0; k < c.shape.num_topk; ++k) {
@@ -120,7 +121,8 @@ float missing_factor(const Context& c, const OpenRound& open, const u8* codes, s
     }
   }
   if (!missing) return 1.0f;
-  return here == 0.0f ? 0.0f : all / here;
+  zero = here == 0.0f;
+  return all / here;
 }
 
 void sum_choices(const Context& c, const OpenRound& open, const u8* codes, size_t first, float* sum, i32 hidden) {
@@ -170,8 +172,9 @@ i64 reduce(const Context& c, const CombineArgs& args, const OpenRound& open, con
       sum_ranks(c, open, args.codes, first, sum.data(), hidden);
     else
       sum_choices(c, open, args.codes, first, sum.data(), hidden);
-    const float factor = c.renormalize ? missing_factor(c, open, args.codes, first) : 1.0f;
-    if (factor == 0.0f)
+    bool zero = false;
+    const float factor = c.renormalize ? missing_factor(c, open, args.codes, first, zero) : 1.0f;
+    if (zero)
       memset(sum.data(), 0, sizeof(float) * sum.size());
     else if (factor != 1.0f)
       scale_row(sum.data(), factor, hidden);
