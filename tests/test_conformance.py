@@ -348,6 +348,20 @@ def test_shapes_with_a_death(name: str, recv_format: str) -> None:
         conform(ranks, work, victim=shape.num_ranks - 1, phase="dispatch.half_signalled")
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("reduce", ["owner", "expert"])
+def test_product_and_sum_are_rounded_apart(dtype: torch.dtype, reduce: str) -> None:
+    """A weight times a row, less the same: nothing is left of it, unless the product went into the sum unrounded."""
+    config = config_of((dtype, "packed", reduce, "drop"), num_experts=2, num_topk=2)
+    x = torch.randn(6, config.hidden, generator=torch.Generator().manual_seed(9)).to(dtype)
+    idx, weights = torch.tensor([[0, 1]] * 6), torch.full([6, 2], 1 / 3)
+    with VirtualRanks(1, config, poison=True) as ranks:
+        received, handle = ranks.buffers[0].dispatch(x, idx, weights)
+        y = torch.cat([received.x[:6], -received.x[6:]])
+        out, _ = ranks.buffers[0].combine(y, handle)
+    assert reference.same_bits(out, torch.zeros_like(x)).all()
+
+
 def test_nan_in_a_window_shows() -> None:
     """The control: without it the suite could not tell a byte that was never written from one that was."""
     config = config_of()
