@@ -202,7 +202,10 @@ def test_misuse_of_a_compiled_layer(buffer: Buffer) -> None:
 
 def test_inference_only(buffer: Buffer) -> None:
     x, idx, weights = tokens_of(buffer)
-    assert not layers_of(buffer)["methods"](x.requires_grad_(), idx, weights)[0].requires_grad
+    received, handle = buffer.dispatch(x.requires_grad_(), idx, weights)
+    out, _ = buffer.combine(torch.ones_like(received.x).requires_grad_(), handle)
+    assert not received.x.requires_grad
+    assert not out.requires_grad
     with torch.inference_mode():
         check_same_bits(layers_of(buffer)["methods"](x, idx, weights), layers_of(buffer)["methods"](x, idx, weights))
 
@@ -236,6 +239,16 @@ def test_no_round_is_dropped_or_merged(buffer: Buffer, model: Callable[..., torc
     assert num_compiled == buffer.num_rounds - before - num_compiled > 0
     assert reference.same_bits(got, want).all()
     assert all(buffer.core.open_tokens(number) < 0 for number in range(buffer.num_rounds)), "a round was left open"
+
+
+def test_dispatch_alone_is_run(buffer: Buffer) -> None:
+    def model(x: torch.Tensor, idx: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        torch.ops.fault_a2a.dispatch(x, idx, weights, buffer.id)
+        return x * 2
+
+    before = buffer.num_rounds
+    torch.compile(model, fullgraph=True, backend="aot_eager")(*tokens_of(buffer))
+    assert buffer.num_rounds == before + 1
 
 
 def test_rows_stay_what_they_were(buffer: Buffer) -> None:
