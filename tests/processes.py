@@ -87,7 +87,7 @@ class Here:
         self.board.ended[self.rank] = 1
         self.say("done")
         gone = set(self.hear())
-        deadline = time.monotonic() + 10.0
+        deadline = time.monotonic() + 5.0
         while gone & set(buffer.view.active_ranks) and tally.error is None and time.monotonic() < deadline:
             time.sleep(0.002)
         self.say(Report(self.rank, tally, buffer.views(), buffer.evidence()))
