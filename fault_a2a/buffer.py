@@ -245,8 +245,7 @@ class Buffer:
         """
         _check_is_handle(handle)
         round_number, _ = self._check_handle(handle.tensor)
-        status, _ = self.core.combine(0, round_number, 0, 0, 0, True)
-        self._raise_for(status)
+        self._raise_for(self.core.abandon(round_number))
 
     def _dispatch(
         self, x: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor
@@ -290,9 +289,7 @@ class Buffer:
         out = torch.empty([num_tokens, self.config.hidden], dtype=self.config.dtype)
         codes = torch.empty([num_tokens, self.config.num_topk], dtype=torch.uint8)
         lost = torch.empty([], dtype=torch.bool)
-        status, _ = self.core.combine(
-            y.data_ptr(), round_number, out.data_ptr(), codes.data_ptr(), lost.data_ptr(), False
-        )
+        status = self.core.combine(y.data_ptr(), round_number, out.data_ptr(), codes.data_ptr(), lost.data_ptr())
         self._raise_for(status)
         return out, codes, lost
 
@@ -419,12 +416,15 @@ class Buffer:
 
     # -- the test build ----------------------------------------------------------------------------------------------
 
-    def arm(self, phase: str, round_number: int, action: str, value: int = 0) -> None:
-        """Test build: ``action`` (kill, stop, sleep_us, crash) when this rank reaches ``phase`` of ``round_number``."""
+    def arm(self, phase: str, round_number: int, action: str, value: int = 0, skip: int = 0) -> None:
+        """Test build: ``action`` (kill, stop, sleep_us, crash) when this rank reaches ``phase`` of ``round_number``.
+
+        ``skip``: how often it passes the phase first; a stream comes to some of them once a chunk.
+        """
         _need_hooks()
         if phase not in phases():
             raise ValueError(f"phase is {phase!r}; give one of {', '.join(phases())}")
-        self.core.arm(phases().index(phase), round_number, action, value)
+        self.core.arm(phases().index(phase), round_number, action, value, skip)
 
     def cut(self, rank: int) -> None:
         """Test build: from now on everything between this rank and ``rank`` is lost, on this side."""
@@ -475,6 +475,8 @@ def window_fields(config: Config, num_ranks: int) -> dict[str, int]:
         "num_experts": config.num_experts,
         "num_topk": config.num_topk,
         "num_max_tokens_per_rank": config.num_max_tokens_per_rank,
+        "num_chunk_tokens": config.chunk_tokens,
+        "dispatch_bytes": config.hidden_bytes,
         "max_local_experts": config.placement_for(num_ranks).max_local_experts,
         "hidden_bytes": config.hidden_bytes,
         "num_spare_partitions": config.num_spare_partitions,

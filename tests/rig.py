@@ -61,6 +61,15 @@ class Work:
         return (rows.float() * (1.0 + expert / 8) + expert / 4).to(rows.dtype)
 
 
+@dataclass(frozen=True)
+class SameRouting(Work):
+    """Every round chooses what the first one chose: one round's rows in another's place give only wrong bits."""
+
+    def tokens(self, rank: int, round_number: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        x, _, weights = super().tokens(rank, round_number)
+        return x, super().tokens(rank, 0)[1], weights
+
+
 class Checker:
     """Runs rounds of ``work`` on one buffer and checks all that can be known of them."""
 

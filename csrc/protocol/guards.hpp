@@ -18,6 +18,10 @@ namespace fa2a {
   X(epoch_compare)      /* a word signed in another view is not taken                        */ \
   X(clamp_count)        /* a peer's count never bounds a loop                                */ \
   X(check_index)        /* a peer's index never addresses memory                             */ \
+  X(chunk_compare)      /* a word of the chunk before is not this chunk's signal             */ \
+  X(chunk_consent)      /* half of a stream's slots is refilled only after its reader's word */ \
+  X(claims_met)         /* a source that sends other rows than it announced is not taken     */ \
+  X(mutual_wait)        /* a tick excuses nobody who waits for the one that judges           */ \
   X(combine_count)      /* the owner compares the rows that came back with those it sent     */ \
   X(one_answer)         /* a source that was not taken still gets a declined answer          */ \
   X(third_round)        /* dispatch of r+2 only after combine r                              */ \

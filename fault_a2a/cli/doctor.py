@@ -290,10 +290,11 @@ def window_parts(config: Config, num_ranks: int) -> Found:
 
     layout = core.window_layout(window_fields(config, num_ranks))
     parities = len(layout["dispatch_rows"])
+    slots = parities * layout["num_halves"]
     one = {
-        "dispatch_rows": parities * layout["num_dispatch_rows"] * layout["row_stride"],
-        "combine_rows": parities * layout["num_combine_rows"] * layout["row_stride"],
-        "row_headers": parities * layout["num_dispatch_rows"] * layout["header_stride"],
+        "dispatch_rows": slots * layout["num_dispatch_rows"] * layout["dispatch_stride"],
+        "combine_rows": slots * layout["num_combine_rows"] * layout["combine_stride"],
+        "row_headers": slots * layout["num_dispatch_rows"] * layout["header_stride"],
     }
     one["signals_and_padding"] = layout["partition_bytes"] - sum(one.values())
     num_partitions = layout["num_partitions"]
