@@ -10,9 +10,10 @@ from functools import partial
 import torch
 
 from fault_a2a import reference
-from fault_a2a.buffer import Buffer, Handle, Outcome, Received
+from fault_a2a.buffer import Buffer
 from fault_a2a.config import Config
 from fault_a2a.errors import FaultA2AError
+from fault_a2a.rounds import Handle, Outcome, Received
 from fault_a2a.testing.virtual import VirtualRanks
 
 

@@ -15,9 +15,10 @@ import pytest
 import torch
 
 from fault_a2a import reference
-from fault_a2a.buffer import Buffer, Handle, Outcome, Received, phases
+from fault_a2a.buffer import Buffer, phases
 from fault_a2a.config import Config
 from fault_a2a.errors import ClosedError
+from fault_a2a.rounds import Handle, Outcome, Received
 from fault_a2a.testing.virtual import VirtualRanks
 from tests.rig import Checker, Tally, Work, raised, views_agree
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from fault_a2a import reference
-from fault_a2a.buffer import window_bytes
 from fault_a2a.config import Config
+from fault_a2a.core_fields import window_bytes
 from fault_a2a.errors import ClosedError
 from fault_a2a.testing.virtual import VirtualRanks
 from tests.rig import Checker, Tally, Work, raised, run_checked, suspicions_of, views_agree

@@ -163,28 +163,12 @@ Result Endpoint::call(Call work) {
 #endif
 }
 
-DispatchResult Endpoint::dispatch(const DispatchArgs& args, ReceiveArgs received) {
-  return call<DispatchResult>([&] {
-    const DispatchResult sent = fa2a::dispatch_send(context_, args);
-    if (sent.status != Status::ok) return sent;
-    received.round = sent.round;
-    return fa2a::dispatch_receive(context_, received);
-  });
-}
-
 DispatchResult Endpoint::dispatch_send(const DispatchArgs& args) {
   return call<DispatchResult>([&] { return fa2a::dispatch_send(context_, args); });
 }
 
 DispatchResult Endpoint::dispatch_receive(const ReceiveArgs& args) {
   return call<DispatchResult>([&] { return fa2a::dispatch_receive(context_, args); });
-}
-
-CombineResult Endpoint::combine(const CombineArgs& args, const ReduceArgs& out) {
-  return call<CombineResult>([&] {
-    const CombineResult sent = fa2a::combine_send(context_, args);
-    return sent.status == Status::ok ? fa2a::combine_receive(context_, out) : sent;
-  });
 }
 
 CombineResult Endpoint::combine_send(const CombineArgs& args) {

@@ -38,11 +38,8 @@ class Endpoint {
   void open_peers();  // after all have created: map, check, prepare, start the pulse
   void serve();       // after all have opened: names are forgotten, rounds may begin
 
-  // Each verb at once, or in two halves with other work in between.
-  DispatchResult dispatch(const DispatchArgs& args, ReceiveArgs received);
   DispatchResult dispatch_send(const DispatchArgs& args);
   DispatchResult dispatch_receive(const ReceiveArgs& args);
-  CombineResult combine(const CombineArgs& args, const ReduceArgs& out);
   CombineResult combine_send(const CombineArgs& args);
   CombineResult combine_receive(const ReduceArgs& args);
   CombineResult abandon(u64 round);

@@ -155,15 +155,10 @@ auto unlocked(Call call) {
   return call();
 }
 
-DispatchArgs dispatch_args(std::uintptr_t x, std::uintptr_t topk_idx, bool idx_is_64_bit, std::uintptr_t topk_weights,
-                           i32 num_tokens) {
-  return {pointer<const u8>(x), pointer<const void>(topk_idx), idx_is_64_bit, pointer<const float>(topk_weights),
-          num_tokens};
-}
-
 py::tuple call_dispatch_send(Endpoint& endpoint, std::uintptr_t x, std::uintptr_t topk_idx, bool idx_is_64_bit,
                              std::uintptr_t topk_weights, i32 num_tokens) {
-  const DispatchArgs args = dispatch_args(x, topk_idx, idx_is_64_bit, topk_weights, num_tokens);
+  const DispatchArgs args{pointer<const u8>(x), pointer<const void>(topk_idx), idx_is_64_bit,
+                          pointer<const float>(topk_weights), num_tokens};
   return to_tuple(unlocked([&] { return endpoint.dispatch_send(args); }));
 }
 
@@ -171,14 +166,6 @@ py::tuple call_dispatch_receive(Endpoint& endpoint, u64 round, std::uintptr_t re
                                 std::uintptr_t offsets) {
   const ReceiveArgs args{round, pointer<u8>(recv_x), pointer<i32>(counts), pointer<i32>(offsets)};
   return to_tuple(unlocked([&] { return endpoint.dispatch_receive(args); }));
-}
-
-py::tuple call_dispatch(Endpoint& endpoint, std::uintptr_t x, std::uintptr_t topk_idx, bool idx_is_64_bit,
-                        std::uintptr_t topk_weights, i32 num_tokens, std::uintptr_t recv_x, std::uintptr_t counts,
-                        std::uintptr_t offsets) {
-  const DispatchArgs args = dispatch_args(x, topk_idx, idx_is_64_bit, topk_weights, num_tokens);
-  const ReceiveArgs received{0, pointer<u8>(recv_x), pointer<i32>(counts), pointer<i32>(offsets)};
-  return to_tuple(unlocked([&] { return endpoint.dispatch(args, received); }));
 }
 
 const char* call_combine_send(Endpoint& endpoint, std::uintptr_t y, u64 round) {
@@ -190,13 +177,6 @@ const char* call_combine_receive(Endpoint& endpoint, u64 round, std::uintptr_t o
                                  std::uintptr_t lost) {
   const ReduceArgs args{round, pointer<u8>(out), pointer<u8>(codes), pointer<u8>(lost)};
   return name_of(unlocked([&] { return endpoint.combine_receive(args); }).status);
-}
-
-const char* call_combine(Endpoint& endpoint, std::uintptr_t y, u64 round, std::uintptr_t out, std::uintptr_t codes,
-                         std::uintptr_t lost) {
-  const CombineArgs args{pointer<const u8>(y), round, /*abandon=*/false};
-  const ReduceArgs reduced{round, pointer<u8>(out), pointer<u8>(codes), pointer<u8>(lost)};
-  return name_of(unlocked([&] { return endpoint.combine(args, reduced); }).status);
 }
 
 const char* call_abandon(Endpoint& endpoint, u64 round) {
@@ -242,10 +222,8 @@ void bind_endpoint(py::module_& m) {
       .def("create", &Endpoint::create, py::call_guard<py::gil_scoped_release>())
       .def("open_peers", &Endpoint::open_peers, py::call_guard<py::gil_scoped_release>())
       .def("serve", &Endpoint::serve)
-      .def("dispatch", &call_dispatch)
       .def("dispatch_send", &call_dispatch_send)
       .def("dispatch_receive", &call_dispatch_receive)
-      .def("combine", &call_combine)
       .def("combine_send", &call_combine_send)
       .def("combine_receive", &call_combine_receive)
       .def("abandon", &call_abandon)

@@ -124,13 +124,15 @@ void run_rounds(Endpoint& endpoint, i32 rank) {
     sent.idx_is_64_bit = true;
     sent.topk_weights = batch.weights.data();
     sent.num_tokens = batch.num_tokens;
-    const ReceiveArgs received{0, reinterpret_cast<u8*>(recv.data()), counts.data(), offsets.data()};
-    const DispatchResult got = endpoint.dispatch(sent, received);
+    DispatchResult got = endpoint.dispatch_send(sent);
+    const ReceiveArgs received{got.round, reinterpret_cast<u8*>(recv.data()), counts.data(), offsets.data()};
+    if (got.status == Status::ok) got = endpoint.dispatch_receive(received);
 
     u8 lost = 0;
     const CombineArgs back{received.recv_x, got.round, /*abandon=*/false};
     const ReduceArgs reduced{got.round, reinterpret_cast<u8*>(batch.out.data()), batch.codes.data(), &lost};
-    const CombineResult done = endpoint.combine(back, reduced);
+    CombineResult done = endpoint.combine_send(back);
+    if (done.status == Status::ok) done = endpoint.combine_receive(reduced);
     if (endpoint.crashed()) return expect(rank == kVictim && i == kDiesAt, "only the victim dies", rank, got.round);
 
     expect(got.status == Status::ok && done.status == Status::ok, "a call on a live rank succeeds", rank, got.round);
