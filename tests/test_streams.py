@@ -135,3 +135,27 @@ def test_part_of_a_combine_stream_counts() -> None:
         shares.append(float((codes == reference.DELIVERED).float().mean()))
         assert not bool((codes == reference.UNROUTABLE).any())
     assert any(0 < share < 1 for share in shares), shares
+
+
+# --- prefill: 8,192 tokens a rank
+
+PREFILL = {"num_experts": 8, "hidden": 8, "num_topk": 2, "num_max_tokens_per_rank": 8192, "num_chunk_tokens": 512}
+NUM_PREFILL_CHUNKS = 12  # each of four ranks sends some 3,500 rows to each: 7 chunks there, and 4 of answers back
+
+
+def prefill_death(seed: int) -> None:
+    """Death ``seed`` of all: every chunk position of a stream of 8,192 tokens, at its source and at its destination,
+    and every third time twice in one stream."""
+    phase, place = CHUNK_PHASES[seed % 4], seed // 4 % NUM_PREFILL_CHUNKS
+    if phase == "combine.chunk_taken":
+        place %= 3  # tokens are summed in batches of any length
+    config = config_of((torch.bfloat16, "packed", "owner", "drop"), **PREFILL, silence_ms=10_000, stall_ms=60_000)
+    deaths = [(seed % 4, phase, place)]
+    if seed % 3 == 2:
+        deaths.append(((seed + 1) % 4, CHUNK_PHASES[(seed + 1) % 2], (place + 2) % NUM_PREFILL_CHUNKS))
+    dies_in_a_stream(config, 4, deaths, seed=seed, num_rounds=4)
+
+
+@pytest.mark.parametrize("seed", [0, 17, 35])
+def test_a_death_in_a_prefill(seed: int) -> None:
+    prefill_death(seed)
