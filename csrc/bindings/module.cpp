@@ -13,6 +13,7 @@ namespace fa2a {
 
 void bind_verdict(py::module_& m);
 void bind_protocol(py::module_& m);
+void bind_rows(py::module_& m);
 void bind_faults(py::module_& m, py::class_<Endpoint, std::shared_ptr<Endpoint>>& endpoint);
 
 namespace {
@@ -249,6 +250,7 @@ PYBIND11_MODULE(FA2A_MODULE_NAME, m) {
   m.doc() = "fault_a2a's native core";
   m.def("now_ns", &now_ns);
   bind_protocol(m);
+  bind_rows(m);
   bind_verdict(m);
   bind_endpoint(m);
   m.def("window_layout", [](const py::dict& fields) {

@@ -11,7 +11,7 @@
 
 namespace fa2a {
 
-enum class DType : u32 { bfloat16, float32 };
+enum class DType : u32 { bfloat16, float32, float16 };
 enum class Outcome : u8 { none = 0, delivered = 1, lost = 2, unroutable = 3 };
 
 // Why a call did nothing. Everything but `ok` leaves the rank as it was.
