@@ -1,13 +1,17 @@
 // The row arithmetic by pointers, for tests, benchmarks and ops: addresses and counts in, nothing is checked here.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <sched.h>
+#include <string.h>
 
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "kernels/cpu/copy.hpp"
 #include "kernels/cpu/quantize.hpp"
 #include "kernels/cpu/rows.hpp"
+#include "protocol/memory.hpp"
 
 namespace py = pybind11;
 
@@ -67,6 +71,62 @@ void quantize_rows(const std::string& dtype, const std::string& scale, Address q
                  pointer<const u8>(x) + row * width * item_bytes(type), hidden);
 }
 
+#if defined(FA2A_TEST_HOOKS) && FA2A_TEST_HOOKS
+// On one core, or after a sleep, a row is finished whoever forgot to finish it: so the two threads spin, each on a core
+// of its own.
+void stay_on_core(i32 which) {
+  cpu_set_t allowed, one;
+  CPU_ZERO(&one);
+  sched_getaffinity(0, sizeof allowed, &allowed);
+  for (i32 core = 0; core < CPU_SETSIZE; ++core)
+    if (CPU_ISSET(core, &allowed) && which-- == 0) CPU_SET(core, &one);
+  sched_setaffinity(0, sizeof one, &one);  // with fewer cores than `which`, nothing changes
+}
+
+void await(const u64& word, u64 value) {
+  for (u32 num_looks = 1; load_acquire(&word) != value; ++num_looks)
+    if (num_looks % 65536 == 0) std::this_thread::yield();
+}
+
+// One thread streams a row and signals, another looks at it as soon as it sees the signal; returns how many rows were
+// not whole. The row and the signals lie on lines of their own.
+i64 torn_streamed_rows(i32 num_rounds, u64 num_bytes) {
+  struct alignas(128) Word {
+    u64 value = 0;
+  };
+  Word announced, taken;
+  std::vector<u8> memory(num_bytes + 64), source(num_bytes);
+  u8* row = memory.data() + (64 - reinterpret_cast<Address>(memory.data()) % 64);
+  const auto num_all = static_cast<u64>(num_rounds);
+  const auto pattern = [](u64 round) { return static_cast<u8>(round * 31 | 1); };
+  i64 num_torn = 0;
+  std::thread reader([&] {
+    stay_on_core(0);
+    for (u64 round = 1; round <= num_all; ++round) {
+      await(announced.value, round);
+      // From the end: what was stored last is what is on its way for longest.
+      u64 left = num_bytes;
+      while (left > 0 && row[left - 1] == pattern(round)) --left;
+      num_torn += left > 0 ? 1 : 0;
+      store_release(&taken.value, round);
+    }
+  });
+  std::thread writer([&] {
+    stay_on_core(1);
+    for (u64 round = 1; round <= num_all; ++round) {
+      memset(source.data(), pattern(round), num_bytes);
+      stream_row(row, source.data(), num_bytes);
+      finish_copies();
+      store_release(&announced.value, round);
+      await(taken.value, round);
+    }
+  });
+  reader.join();
+  writer.join();
+  return num_torn;
+}
+#endif
+
 }  // namespace
 
 void bind_rows(py::module_& m) {
@@ -104,6 +164,10 @@ void bind_rows(py::module_& m) {
     stream_row(pointer<u8>(to), pointer<const u8>(from), num_bytes);
     finish_copies();
   });
+#if defined(FA2A_TEST_HOOKS) && FA2A_TEST_HOOKS
+  m.def("torn_streamed_rows", &torn_streamed_rows, py::call_guard<py::gil_scoped_release>(), py::arg("num_rounds"),
+        py::arg("num_bytes"));
+#endif
 }
 
 }  // namespace fa2a

@@ -3,6 +3,8 @@
 
 #include <string.h>
 
+#include "protocol/guards.hpp"
+
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -69,7 +71,9 @@ void stream_row(u8* to, const u8* from, u64 num_bytes) {
   memcpy(to + num_streamed, from + num_streamed, num_bytes - num_streamed);
 }
 
-void finish_copies() { _mm_sfence(); }
+void finish_copies() {
+  if (guarded(guard_copy_fence)) _mm_sfence();
+}
 
 #else
 

@@ -1,16 +1,17 @@
 // Copies of whole rows, through the cache or past it.
 //
-// Past it: the store does not first fetch the line it overwrites, and the row does not push out of the cache what is
-// needed next. That pays when more is written than the cache holds until somebody reads it; when the reader finds the
-// row still in a shared cache, it costs. docs/measured.md has the figures.
+// Past it: the store does not first fetch the line that it overwrites, and the row does not push out of the cache what
+// is needed next. That pays when more is written than the caches hold until somebody reads it; a reader who would have
+// found the row in a cache pays for it. docs/measured.md has the figures.
 #pragma once
 
 #include "protocol/compiler.hpp"
 
 namespace fa2a {
 
-// A call that moves at least so many bytes in all streams its rows.
-constexpr u64 kStreamedBytes = 16ull << 20;
+// From so many bytes on, counted over a whole call (rows that nobody reads before the last one is written) and over all
+// ranks that share the cache, streaming its rows is faster. Measured; the size of one row does not matter.
+constexpr u64 kStreamedBytes = 8ull << 20;
 
 void copy_row(u8* to, const u8* from, u64 num_bytes);
 
@@ -19,7 +20,8 @@ void copy_row(u8* to, const u8* from, u64 num_bytes);
 // either end is copied plainly, as is everything on machines other than x86-64.
 void stream_row(u8* to, const u8* from, u64 num_bytes);
 
-// After the last stream_row of this thread and before its signal. Cheap when there is nothing to finish.
+// By the thread that called stream_row, after its last one and before its signal (guard `copy_fence`). Cheap when there
+// is nothing to finish. Where stores are ordered by a release anyway, nothing.
 void finish_copies();
 
 }  // namespace fa2a
