@@ -27,7 +27,7 @@ void sum(u32 dtype, u8* out, const u8* const* rows, const float* weights, i32 nu
   weighted_sum(static_cast<DType>(dtype), out, rows, weights, num_rows, hidden, factor, false);
 }
 void widen(u32 dtype, float* out, const u8* row, i32 hidden) { widen_row(static_cast<DType>(dtype), out, row, hidden); }
-void narrow(u32 dtype, u8* row, const float* sum, i32 hidden) { store_row(static_cast<DType>(dtype), row, sum, hidden); }
+void narrow(u32 dtype, u8* row, const float* in, i32 hidden) { store_row(static_cast<DType>(dtype), row, in, hidden); }
 void quantize(u32 dtype, u32 format, u8* q, u8* scales, const u8* x, i32 hidden) {
   quantize_row(static_cast<DType>(dtype), static_cast<ScaleFormat>(format), q, scales, x, hidden);
 }
