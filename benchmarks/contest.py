@@ -33,10 +33,12 @@ def run_contest(
     num_iterations: int,
     orders: Sequence[int] = TURN,
     watch: Callable[[int], None] = lambda iteration: None,
+    alternate: bool = False,
 ) -> list[Score]:
     """Forks the teams, checks every one, and times them in turns. Every process is gone when it returns or raises.
 
-    A team that fails is ended and has no times; the others go on.
+    A team that fails is ended and has no times; the others go on. With ``alternate`` every second iteration runs the
+    teams in the opposite order (A B B A ...), so that no team always follows the same other one.
 
     Raises:
         RuntimeError: this process has several threads, so it cannot fork safely.
@@ -54,7 +56,8 @@ def run_contest(
             _attempt(team, score, partial(team.build, store.port, NUM_BATCHES))
         for iteration in range(-num_warm_up, num_iterations):
             watch(iteration)
-            for team, score in zip(teams, scores, strict=True):
+            pairs = list(zip(teams, scores, strict=True))
+            for team, score in reversed(pairs) if alternate and iteration % 2 else pairs:
                 if not score.failure:
                     _attempt(team, score, partial(_take_turn, team, score, orders, is_counted=iteration >= 0))
         for team, score in zip(teams, scores, strict=True):
