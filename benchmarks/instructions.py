@@ -17,10 +17,7 @@ from benchmarks.teams import in_a_fork
 from benchmarks.work import Shape
 
 # Counting goes on while one of them is on the stack, so threads beside the kernels, and Python, are not counted.
-_COUNTED = (
-    "fa2a::dispatch(fa2a::Context&, fa2a::DispatchArgs const&)",
-    "fa2a::combine(fa2a::Context&, fa2a::CombineArgs const&)",
-)
+_COUNTED = ("dispatch_send", "dispatch_receive", "combine_send", "combine_receive")
 _TIMEOUT_S = 300
 
 
@@ -44,7 +41,7 @@ def count(shape: Shape, module: Path, num_rounds: int) -> float:
         done = subprocess.run(
             [
                 *("valgrind", "--tool=callgrind", f"--callgrind-out-file={folder}/callgrind.out"),
-                *(f"--toggle-collect={name}" for name in _COUNTED),
+                *(f"--toggle-collect=fa2a::{verb}(fa2a::Context&, *" for verb in _COUNTED),
                 *(sys.executable, str(Path(__file__).with_name("one_rank.py"))),
                 *(str(module), str(num_rounds), json.dumps(fields)),
             ],

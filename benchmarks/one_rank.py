@@ -50,11 +50,13 @@ def run_rounds(endpoint: Any, fields: dict[str, Any], num_rounds: int) -> None:
     topk_weights = ctypes.create_string_buffer(struct.pack(f"{len(choices)}f", *[1 / num_topk] * len(choices)))
     at = ctypes.addressof
     for _ in range(num_rounds):
-        status, number, *_ = endpoint.dispatch(
-            at(x), at(topk_idx), True, at(topk_weights), num_tokens, at(received), at(counts), at(offsets)
-        )
+        status, number, *_ = endpoint.dispatch_send(at(x), at(topk_idx), True, at(topk_weights), num_tokens)
         assert status == "ok", status
-        status, _ = endpoint.combine(at(received), number, at(out), at(codes), at(lost), False)
+        status, *_ = endpoint.dispatch_receive(number, at(received), at(counts), at(offsets))
+        assert status == "ok", status
+        status = endpoint.combine_send(at(received), number)
+        assert status == "ok", status
+        status = endpoint.combine_receive(number, at(out), at(codes), at(lost))
         assert status == "ok" and lost.raw == b"\0", status
 
 

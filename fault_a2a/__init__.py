@@ -10,9 +10,10 @@ from fault_a2a._version import __version__
 # Imported when first asked for: the reference and the placement work without the native core.
 _HOME = {
     "Buffer": "buffer",
-    "Received": "buffer",
-    "Handle": "buffer",
-    "Outcome": "buffer",
+    "Received": "rounds",
+    "Handle": "rounds",
+    "Outcome": "rounds",
+    "RecvHook": "rounds",
     "phases": "buffer",
     "Config": "config",
     "Group": "group",
@@ -40,6 +41,7 @@ __all__ = [
     "QuorumLostError",
     "RankEvictedError",
     "Received",
+    "RecvHook",
     "View",
     "__version__",
     "phases",

@@ -6,8 +6,7 @@ import json
 import time
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn, overload
 
 import torch
 
@@ -15,11 +14,13 @@ from fault_a2a import ops
 from fault_a2a._core import core
 from fault_a2a.checks import check_kind, check_tensor
 from fault_a2a.config import MAX_MS, MIN_BEATS_PER_SILENCE, Config
+from fault_a2a.core_fields import core_fields
 from fault_a2a.errors import ClosedError, ConstructError, FaultA2AError, QuorumLostError, RankEvictedError
 from fault_a2a.group import Group, as_group, forget_names, host_of_this_process
 from fault_a2a.lent_memory import LentMemory
 from fault_a2a.membership import Evidence, MembershipThread, StoreArbiter, View
 from fault_a2a.placement import as_whole_number
+from fault_a2a.rounds import Handle, Outcome, Received, RecvHook
 
 _INDEX_DTYPES = (torch.int64, torch.int32)
 
@@ -27,57 +28,6 @@ _INDEX_DTYPES = (torch.int64, torch.int32)
 def phases() -> list[str]:
     """The named points inside a round at which the test build can make a fault happen, in order."""
     return list(core.phases())
-
-
-@dataclass(frozen=True)
-class Received:
-    """What ``dispatch`` brought to this rank's experts. Valid until its combine is sent.
-
-    Attributes:
-        x: batched ``[num_local_experts, capacity, hidden]``, of which the first ``num_tokens[e]`` rows of expert ``e``
-            are written; packed ``[num_recv, hidden]``. Rows of an expert stand by source rank, then by token.
-        num_tokens: int32 ``[num_local_experts]``.
-        offsets: int32 ``[num_local_experts + 1]``: where each expert's rows begin in the packed format.
-    """
-
-    x: torch.Tensor
-    num_tokens: torch.Tensor
-    offsets: torch.Tensor
-
-
-@dataclass(frozen=True)
-class Handle:
-    """What ``combine`` needs of its ``dispatch``; good for one combine on the same buffer."""
-
-    tensor: torch.Tensor
-    topk_weights: torch.Tensor
-    buffer: Buffer
-
-    def sources(self) -> torch.Tensor:
-        """int32 ``[num_rows, 5]``, one line a received row: (row of ``recv.x`` seen as two-dimensional, local expert,
-        src_rank, token on src_rank, choice of that token). For checks; empty once the round is combined."""
-        _, round_number, _, _ = self.tensor.tolist()
-        rows = self.buffer.core.sources(round_number)
-        return torch.tensor(rows, dtype=torch.int32).reshape(-1, 5)
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of each (token, choice).
-
-    Attributes:
-        codes: uint8 ``[num_tokens, num_topk]``: 0 none (``topk_idx`` was -1), 1 delivered, 2 lost in this round,
-            3 unroutable (no active rank holds that expert).
-        lost: bool, zero-dimensional: any choice was lost. Lies on the device: reading it is up to the engine.
-    """
-
-    codes: torch.Tensor
-    lost: torch.Tensor
-
-    @property
-    def delivered(self) -> torch.Tensor:
-        """bool ``[num_tokens, num_topk]``."""
-        return self.codes == 1
 
 
 class Buffer:
@@ -196,32 +146,64 @@ class Buffer:
 
     # -- the two verbs -----------------------------------------------------------------------------------------------
 
-    def dispatch(self, x: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> tuple[Received, Handle]:
+    @overload
+    def dispatch(
+        self,
+        x: torch.Tensor,
+        topk_idx: torch.Tensor,
+        topk_weights: torch.Tensor,
+        *,
+        return_recv_hook: Literal[False] = False,
+    ) -> tuple[Received, Handle]: ...
+
+    @overload
+    def dispatch(
+        self, x: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor, *, return_recv_hook: Literal[True]
+    ) -> tuple[Received, Handle, RecvHook]: ...
+
+    def dispatch(
+        self, x: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor, *, return_recv_hook: bool = False
+    ) -> tuple[Received, Handle] | tuple[Received, Handle, RecvHook]:
         """Sends each token to the ranks that hold its experts, and receives what others sent to mine.
 
         Every active rank calls it the same number of times, with 0 to ``num_max_tokens_per_rank`` tokens. Blocks until
         every active rank's rows are here or its loss is certain; dead peers raise nothing. Not collective in the sense
-        that a missing peer could hang it. At most two rounds may be open.
+        that a missing peer could hang it. At most two rounds may be open, one on each lane.
 
         Args:
             x: ``[num_tokens, hidden]``, ``config.dtype``, contiguous, CPU.
             topk_idx: int64 or int32 ``[num_tokens, num_topk]``; -1 for no expert; no expert twice in a row.
             topk_weights: float32 ``[num_tokens, num_topk]``.
+            return_recv_hook: send only, and return a hook that receives, so that other work fits in between. Waits for
+                nobody then but at the gate, while a view is being changed. ``x`` must not change before the hook has
+                been called; in the packed format ``recv.x`` has its largest shape, of which ``offsets[-1]`` rows count.
 
         Raises:
             ValueError, TypeError: naming the argument, before anything is sent.
             RuntimeError: a third round would be open.
             RankEvictedError, QuorumLostError, ClosedError: this rank may not go on.
         """
-        check_kind("x", x)
-        check_kind("topk_idx", topk_idx)
-        check_kind("topk_weights", topk_weights)
+        _check_kinds(x=x, topk_idx=topk_idx, topk_weights=topk_weights)
+        if return_recv_hook:
+            return self._dispatch_send(x, topk_idx, topk_weights)
         recv_x, num_tokens, offsets, handle = torch.ops.fault_a2a.dispatch(x, topk_idx, topk_weights, self.id)
         if self.config.recv_format == "packed" and not torch.compiler.is_compiling():
             recv_x = recv_x[: int(handle[3])]
         return Received(recv_x, num_tokens, offsets), Handle(handle, topk_weights, self)
 
-    def combine(self, y: torch.Tensor, handle: Handle) -> tuple[torch.Tensor, Outcome]:
+    @overload
+    def combine(
+        self, y: torch.Tensor, handle: Handle, *, return_recv_hook: Literal[False] = False
+    ) -> tuple[torch.Tensor, Outcome]: ...
+
+    @overload
+    def combine(
+        self, y: torch.Tensor, handle: Handle, *, return_recv_hook: Literal[True]
+    ) -> tuple[torch.Tensor, Outcome, RecvHook]: ...
+
+    def combine(
+        self, y: torch.Tensor, handle: Handle, *, return_recv_hook: bool = False
+    ) -> tuple[torch.Tensor, Outcome] | tuple[torch.Tensor, Outcome, RecvHook]:
         """Returns each expert row to its owner and sums what came back for my tokens.
 
         Blocks as ``dispatch`` does. Sums are float32, in the order of the choices, multiply and add rounded separately.
@@ -229,12 +211,16 @@ class Buffer:
         Args:
             y: the experts' output, same shape and dtype as ``recv.x``, contiguous.
             handle: of the dispatch; good once.
+            return_recv_hook: send only, and return a hook that sums. Waits for nobody then. ``y`` must not change
+                before the hook has been called, and the round stays open until it has been.
 
         Returns:
             ``out`` ``[num_tokens, hidden]`` and the ``Outcome``. ``out`` holds exactly the delivered choices.
         """
         _check_is_handle(handle)
         check_kind("y", y)
+        if return_recv_hook:
+            return self._combine_send(y, handle)
         out, codes, lost = torch.ops.fault_a2a.combine(y, handle.topk_weights, handle.tensor, self.id)
         return out, Outcome(codes, lost)
 
@@ -245,28 +231,24 @@ class Buffer:
         """
         _check_is_handle(handle)
         round_number, _ = self._check_handle(handle.tensor)
-        status, _ = self.core.combine(0, round_number, 0, 0, 0, True)
-        self._raise_for(status)
+        self._raise_for(self.core.abandon(round_number))
+
+    # Everything below speaks to the core in halves: what is sent, and what is received.
 
     def _dispatch(
         self, x: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        received, handle, receive = self._dispatch_send(x, topk_idx, topk_weights)
+        receive()
+        return received.x, received.num_tokens, received.offsets, handle.tensor
+
+    def _dispatch_send(
+        self, x: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor
+    ) -> tuple[Received, Handle, RecvHook]:
         self._check_open()
         self._check_tokens(x, topk_idx, topk_weights)
-        num_tokens = x.shape[0]
-        # Not one buffer for a parity: a compiler computes in place, and hands on what it was given.
-        recv_x = self._memory.lend()
-        counts = torch.empty([self.num_local_experts], dtype=torch.int32)
-        offsets = torch.empty([self.num_local_experts + 1], dtype=torch.int32)
-        status, round_number, num_received, token, choice, value = self.core.dispatch(
-            x.data_ptr(),
-            topk_idx.data_ptr(),
-            topk_idx.dtype == torch.int64,
-            topk_weights.data_ptr(),
-            num_tokens,
-            recv_x.data_ptr(),
-            counts.data_ptr(),
-            offsets.data_ptr(),
+        status, round_number, _, token, choice, value = self.core.dispatch_send(
+            x.data_ptr(), topk_idx.data_ptr(), topk_idx.dtype == torch.int64, topk_weights.data_ptr(), x.shape[0]
         )
         if status == "bad_expert":
             raise ValueError(
@@ -278,23 +260,43 @@ class Buffer:
                 f"topk_idx[{token}] names expert {value} twice; give each expert once, and -1 for the rest"
             )
         self._raise_for(status)
-        handle = torch.tensor([self.id, round_number, num_tokens, num_received], dtype=torch.int64)
-        return recv_x, counts, offsets, handle
+        # Not one buffer for a parity: a compiler computes in place, and hands on what it was given.
+        recv_x = self._memory.lend()
+        num_tokens = torch.empty([self.num_local_experts], dtype=torch.int32)
+        offsets = torch.empty([self.num_local_experts + 1], dtype=torch.int32)
+        handle = torch.tensor([self.id, round_number, x.shape[0], 0], dtype=torch.int64)
+
+        def receive(x: torch.Tensor = x) -> None:  # a stream reads x until it ends
+            status, _, num_received, *_ = self.core.dispatch_receive(
+                round_number, recv_x.data_ptr(), num_tokens.data_ptr(), offsets.data_ptr()
+            )
+            self._raise_for(status)
+            handle[3] = num_received
+
+        hook = RecvHook("dispatch", receive)
+        return Received(recv_x, num_tokens, offsets), Handle(handle, topk_weights, self), hook
 
     def _combine(
         self, y: torch.Tensor, topk_weights: torch.Tensor, handle: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        out, outcome, receive = self._combine_send(y, Handle(handle, topk_weights, self))
+        receive()
+        return out, outcome.codes, outcome.lost
+
+    def _combine_send(self, y: torch.Tensor, handle: Handle) -> tuple[torch.Tensor, Outcome, RecvHook]:
         self._check_open()
-        round_number, num_tokens = self._check_handle(handle)
-        self._check_expert_rows(y, int(handle[3]))
+        round_number, num_tokens = self._check_handle(handle.tensor)
+        self._check_expert_rows(y, int(handle.tensor[3]))
+        self._raise_for(self.core.combine_send(y.data_ptr(), round_number))
         out = torch.empty([num_tokens, self.config.hidden], dtype=self.config.dtype)
         codes = torch.empty([num_tokens, self.config.num_topk], dtype=torch.uint8)
         lost = torch.empty([], dtype=torch.bool)
-        status, _ = self.core.combine(
-            y.data_ptr(), round_number, out.data_ptr(), codes.data_ptr(), lost.data_ptr(), False
-        )
-        self._raise_for(status)
-        return out, codes, lost
+
+        def receive(y: torch.Tensor = y) -> None:  # a stream reads y until it ends
+            status = self.core.combine_receive(round_number, out.data_ptr(), codes.data_ptr(), lost.data_ptr())
+            self._raise_for(status)
+
+        return out, Outcome(codes, lost), RecvHook("combine", receive)
 
     # -- checks: before anything is sent -----------------------------------------------------------------------------
 
@@ -354,9 +356,13 @@ class Buffer:
             )
         if status == "closed":
             raise ClosedError("this buffer is closed.")
+        if status == "not_received":
+            raise RuntimeError("this handle's rows have not been received; call the hook that came with it first")
         if status == "third_round":
             raise RuntimeError("two rounds are open: combine or abandon the older handle before the next dispatch")
-        raise RuntimeError(f"handle does not name an open round of this buffer ({status}); call dispatch for a new one")
+        raise RuntimeError(
+            f"this handle's round is answered already ({status}); call the hook of its combine, or dispatch anew"
+        )
 
     # -- what this rank knows ----------------------------------------------------------------------------------------
 
@@ -419,12 +425,15 @@ class Buffer:
 
     # -- the test build ----------------------------------------------------------------------------------------------
 
-    def arm(self, phase: str, round_number: int, action: str, value: int = 0) -> None:
-        """Test build: ``action`` (kill, stop, sleep_us, crash) when this rank reaches ``phase`` of ``round_number``."""
+    def arm(self, phase: str, round_number: int, action: str, value: int = 0, skip: int = 0) -> None:
+        """Test build: ``action`` (kill, stop, sleep_us, crash) when this rank reaches ``phase`` of ``round_number``.
+
+        ``skip``: how often it passes the phase first; a stream comes to some of them once a chunk.
+        """
         _need_hooks()
         if phase not in phases():
             raise ValueError(f"phase is {phase!r}; give one of {', '.join(phases())}")
-        self.core.arm(phases().index(phase), round_number, action, value)
+        self.core.arm(phases().index(phase), round_number, action, value, skip)
 
     def cut(self, rank: int) -> None:
         """Test build: from now on everything between this rank and ``rank`` is lost, on this side."""
@@ -444,45 +453,11 @@ def _need_hooks() -> None:
         raise RuntimeError("faults need the test build; set FAULT_A2A_CORE=hooks before importing fault_a2a")
 
 
+def _check_kinds(**tensors: Any) -> None:
+    for name, tensor in tensors.items():
+        check_kind(name, tensor)
+
+
 def _check_is_handle(handle: Any) -> None:
     if not isinstance(handle, Handle):
         raise TypeError(f"handle is a {type(handle).__name__}; give the handle that dispatch returned")
-
-
-def core_fields(config: Config, num_ranks: int, rank: int) -> dict[str, Any]:
-    """The native core's form of a config on one rank."""
-    placement = config.placement_for(num_ranks)
-    return {
-        **window_fields(config, num_ranks),
-        "rank": rank,
-        "float32": config.dtype == torch.float32,
-        "packed": config.recv_format == "packed",
-        "renormalize": config.on_lost == "renormalize",
-        "expert_rank": list(placement.expert_rank),
-        "expert_local": list(placement.expert_local),
-        "num_local_experts": placement.num_local_experts(rank),
-        **{name: getattr(config, name) for name in _TIMEOUTS},
-    }
-
-
-_TIMEOUTS = ("beat_ms", "silence_ms", "stall_ms", "link_ms", "settle_ms", "agreement_timeout_ms")
-
-
-def window_fields(config: Config, num_ranks: int) -> dict[str, int]:
-    """What the size of a window follows from (see docs/protocol.md)."""
-    return {
-        "num_ranks": num_ranks,
-        "num_experts": config.num_experts,
-        "num_topk": config.num_topk,
-        "num_max_tokens_per_rank": config.num_max_tokens_per_rank,
-        "max_local_experts": config.placement_for(num_ranks).max_local_experts,
-        "hidden_bytes": config.hidden_bytes,
-        "num_spare_partitions": config.num_spare_partitions,
-        "reduce_at_expert": int(config.reduce == "expert"),
-    }
-
-
-def window_bytes(config: Config, num_ranks: int) -> int:
-    """Bytes that one rank exports, spare partitions and its control page included, ``recv.x`` not."""
-    layout = core.window_layout(window_fields(config, num_ranks))
-    return int(layout["window_bytes"] + layout["control_page_bytes"])

@@ -18,7 +18,9 @@ DTYPES = (torch.bfloat16, torch.float32)
 MIN_HIDDEN, MAX_HIDDEN, HIDDEN_MULTIPLE = 8, 16384, 8
 MAX_NUM_TOPK = 32
 # A signal counts the rows it publishes in 19 bits; combine returns up to one row per (token, choice).
-MAX_NUM_ROWS_PER_PEER = (1 << 19) - 1
+MAX_NUM_ROWS_PER_CHUNK = (1 << 19) - 1
+MAX_NUM_TOKENS = (1 << 19) - 1
+MAX_UNSPLIT_TOKENS, DEFAULT_CHUNK_TOKENS = 1024, 128
 MAX_MS = 24 * 3600 * 1000  # a day
 MAX_SPARE_PARTITIONS = 64
 # A watcher that slept for a quarter of a timeout starts it anew, so a shorter silence could never be measured.
@@ -29,7 +31,7 @@ _WHOLE_NUMBERS = {
     "num_experts": (1, MAX_NUM_EXPERTS),
     "hidden": (MIN_HIDDEN, MAX_HIDDEN),
     "num_topk": (1, MAX_NUM_TOPK),
-    "num_max_tokens_per_rank": (1, MAX_NUM_ROWS_PER_PEER),
+    "num_max_tokens_per_rank": (1, MAX_NUM_TOKENS),
     "beat_ms": (1, MAX_MS),
     "silence_ms": (1, MAX_MS),
     "stall_ms": (1, MAX_MS),
@@ -52,8 +54,7 @@ class Config:
         num_experts: experts in the whole group, 1 to 65536.
         hidden: elements in a row of ``x``, 8 to 16384, a multiple of 8 (so that a row is whole 16-byte words).
         num_topk: choices per token, 1 to 32, at most ``num_experts``.
-        num_max_tokens_per_rank: most tokens that one rank passes to one ``dispatch``, at least 1; times ``num_topk``
-            at most 524287.
+        num_max_tokens_per_rank: most tokens that one rank passes to one ``dispatch``, 1 to 524287.
         dtype: of ``x``, ``recv.x``, ``y`` and ``out``: ``torch.bfloat16`` or ``torch.float32``.
         recv_format: ``"batched"``: ``recv.x`` is ``[num_local_experts, capacity, hidden]`` with
             ``capacity = num_ranks * num_max_tokens_per_rank``; ``"packed"``: ``[num_recv, hidden]`` and offsets.
@@ -72,6 +73,10 @@ class Config:
         construct_timeout_ms: how long ``Buffer(...)`` waits for the group to come together.
         agreement_timeout_ms: how long a rank waits for its peers to agree on a view before it suspends itself.
         num_spare_partitions: landing room on each rank, per host, kept for ranks that come back, 0 to 64.
+        num_chunk_tokens: windows hold so many tokens of each rank (twice, if there are more); a longer batch travels
+            as a stream of such chunks, each of which waits until its reader has made room. 1 to
+            ``num_max_tokens_per_rank``, times ``num_topk`` at most 524287. ``None``: all tokens in one chunk up to
+            1024, chunks of 128 above.
 
     Raises:
         TypeError: a field has the wrong type. The message names the field and what to pass.
@@ -95,6 +100,7 @@ class Config:
     construct_timeout_ms: int = 60000
     agreement_timeout_ms: int = 10000
     num_spare_partitions: int = 1
+    num_chunk_tokens: int | None = None
 
     def __post_init__(self) -> None:
         for name, (least, most) in _WHOLE_NUMBERS.items():
@@ -105,10 +111,29 @@ class Config:
         for name, choices in _CHOICES.items():
             _check_choice(name, getattr(self, name), choices)
         _check_dtype(self.dtype)
+        self._set_chunk()
         self._check_fit()
         if self.placement is not None and not isinstance(self.placement, Placement):
             object.__setattr__(self, "placement", _as_expert_rank(self.placement))
         self._check_placement_size()
+
+    def _set_chunk(self) -> None:
+        most = self.num_max_tokens_per_rank
+        chunk = self.num_chunk_tokens
+        if chunk is None:
+            chunk = most if most <= MAX_UNSPLIT_TOKENS else DEFAULT_CHUNK_TOKENS
+        chunk = as_whole_number("num_chunk_tokens", chunk)
+        if not 1 <= chunk <= most:
+            raise ValueError(
+                f"num_chunk_tokens: {chunk} is out of range; pass 1 to num_max_tokens_per_rank = {most}, or None."
+            )
+        object.__setattr__(self, "num_chunk_tokens", chunk)
+
+    @property
+    def chunk_tokens(self) -> int:
+        """``num_chunk_tokens``, chosen if it was left open."""
+        assert self.num_chunk_tokens is not None
+        return self.num_chunk_tokens
 
     def _check_fit(self) -> None:
         """Fields that are fine alone and do not fit together."""
@@ -122,11 +147,10 @@ class Config:
                 f"num_topk: {self.num_topk} is more than num_experts ({self.num_experts}), and an expert may stand "
                 f"only once per token; pass at most {self.num_experts}."
             )
-        if self.num_max_tokens_per_rank * self.num_topk > MAX_NUM_ROWS_PER_PEER:
+        if self.chunk_tokens * self.num_topk > MAX_NUM_ROWS_PER_CHUNK:
             raise ValueError(
-                f"num_max_tokens_per_rank: {self.num_max_tokens_per_rank} tokens of {self.num_topk} choices are more "
-                f"rows than a signal can count; pass at most {MAX_NUM_ROWS_PER_PEER // self.num_topk}, "
-                "and send longer batches in several rounds."
+                f"num_chunk_tokens: {self.chunk_tokens} tokens of {self.num_topk} choices are more rows than a signal "
+                f"can count; pass at most {MAX_NUM_ROWS_PER_CHUNK // self.num_topk}."
             )
         if self.silence_ms < MIN_BEATS_PER_SILENCE * self.beat_ms:
             raise ValueError(

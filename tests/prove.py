@@ -75,6 +75,16 @@ def evictions(seed: int) -> dict[str, Any]:
     return scenario(wrong) | {"evictions": num_evictions}
 
 
+def prefill(seed: int) -> dict[str, Any]:
+    from tests.test_streams import prefill_death
+
+    try:
+        prefill_death(seed)
+    except AssertionError as error:
+        return scenario([str(error)[:500]])
+    return scenario([])
+
+
 def cascade(seed: int) -> dict[str, Any]:
     from tests.process_scenarios import no_cascade
 
@@ -100,6 +110,7 @@ def jobs() -> list[Job]:
         Job("stop", "`--stop 3@50:4000 --silence-ms 500`", 5, lambda seed: drill(*stopped, "--seed", str(seed))),
         Job("cut", "`--cut 2-5@20 --silence-ms 500`", 5, cut),
         Job("cascade", "no cascade: compute of 0 to several silence timeouts of 100 ms", 200, cascade),
+        Job("prefill", "a death at every chunk position of a stream of 8,192 tokens, every third time two", 48, prefill),
         Job("evictions", "free-running ranks, two open rounds, deaths until two are left (6 each)", 84, evictions),
     ]
 

@@ -10,9 +10,10 @@ from functools import partial
 import torch
 
 from fault_a2a import reference
-from fault_a2a.buffer import Buffer, Handle, Outcome, Received
+from fault_a2a.buffer import Buffer
 from fault_a2a.config import Config
 from fault_a2a.errors import FaultA2AError
+from fault_a2a.rounds import Handle, Outcome, Received
 from fault_a2a.testing.virtual import VirtualRanks
 
 
@@ -59,6 +60,15 @@ class Work:
     def expert_rows(self, rows: torch.Tensor, expert: int) -> torch.Tensor:
         """An expert whose rows depend on the row and the expert only: elementwise, so the same bits in any batch."""
         return (rows.float() * (1.0 + expert / 8) + expert / 4).to(rows.dtype)
+
+
+@dataclass(frozen=True)
+class SameRouting(Work):
+    """Every round chooses what the first one chose: one round's rows in another's place give only wrong bits."""
+
+    def tokens(self, rank: int, round_number: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        x, _, weights = super().tokens(rank, round_number)
+        return x, super().tokens(rank, 0)[1], weights
 
 
 class Checker:

@@ -27,6 +27,10 @@ TABLE: dict[str, tuple[Callable[[], Wrong], tuple[str, ...]]] = {
     "later_declined": (scenarios.overtaken_rank_catches_up, ("hold", "promise")),
     "round_compare": (scenarios.late_rank, ()),
     "epoch_compare": (scenarios.old_epoch, ()),
+    "chunk_compare": (scenarios.late_chunks, ()),
+    "chunk_consent": (scenarios.late_chunks, ()),
+    "claims_met": (lambda: scenarios.lying("claims"), ()),
+    "mutual_wait": (scenarios.crossed_orders, ()),
     "combine_count": (lambda: scenarios.lying("combine_count", from_round=0), ()),
     "one_answer": (lambda: scenarios.lying("expert", wait_ms=300), ()),
     "third_round": (scenarios.third_round, ()),
@@ -80,7 +84,19 @@ def test_a_number_that_is_believed_does_harm(guard: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "lie", ["count", "expert", "choice", "num_choices", "twice", "combine_count", "old_round", "old_epoch", "future"]
+    "lie",
+    [
+        "count",
+        "expert",
+        "choice",
+        "num_choices",
+        "twice",
+        "combine_count",
+        "old_round",
+        "old_epoch",
+        "future",
+        "claims",
+    ],
 )
 def test_a_liar_harms_nobody(lie: str) -> None:
     if lie in ("old_round",):

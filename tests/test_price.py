@@ -25,7 +25,8 @@ constexpr int count_on() {
 }
 #if FA2A_BENCH_UNCHECKED
 static_assert(!kWatched && !guarded(guard_recheck) && !guarded(guard_consent) && !guarded(guard_check_index), "off");
-static_assert(guarded(guard_round_compare) && guarded(guard_view_once) && count_on() == 2, "what a round needs");
+static_assert(guarded(guard_round_compare) && guarded(guard_chunk_compare) && guarded(guard_chunk_consent) &&
+              guarded(guard_view_once) && count_on() == 4, "what a round needs");
 #else
 static_assert(kWatched && count_on() == num_guards, "every guard");
 #endif

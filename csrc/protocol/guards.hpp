@@ -18,6 +18,10 @@ namespace fa2a {
   X(epoch_compare)      /* a word signed in another view is not taken                        */ \
   X(clamp_count)        /* a peer's count never bounds a loop                                */ \
   X(check_index)        /* a peer's index never addresses memory                             */ \
+  X(chunk_compare)      /* a word of the chunk before is not this chunk's signal             */ \
+  X(chunk_consent)      /* half of a stream's slots is refilled only after its reader's word */ \
+  X(claims_met)         /* a source that sends other rows than it announced is not taken     */ \
+  X(mutual_wait)        /* a tick excuses nobody who waits for the one that judges           */ \
   X(combine_count)      /* the owner compares the rows that came back with those it sent     */ \
   X(one_answer)         /* a source that was not taken still gets a declined answer          */ \
   X(third_round)        /* dispatch of r+2 only after combine r                              */ \
@@ -43,8 +47,12 @@ extern u64 guards_off;  // one bit a guard; lives in csrc/host/hooks.cpp
 FA2A_HD bool guarded(Guard guard) { return (guards_off >> guard & 1ull) == 0; }
 #elif defined(FA2A_BENCH_UNCHECKED) && FA2A_BENCH_UNCHECKED
 // What benchmarks/price.py compares with, in no wheel: only what a round in which nothing goes wrong cannot do without.
-// An old word must still be told from a new one, and a round that took a second view would do more, not less.
-FA2A_HD constexpr bool guarded(Guard guard) { return guard == guard_round_compare || guard == guard_view_once; }
+// An old word must still be told from a new one, a full slot from a free one within a stream, and a round that took a
+// second view would do more, not less.
+FA2A_HD constexpr bool guarded(Guard guard) {
+  return guard == guard_round_compare || guard == guard_chunk_compare || guard == guard_chunk_consent ||
+         guard == guard_view_once;
+}
 #else
 FA2A_HD constexpr bool guarded(Guard) { return true; }
 #endif

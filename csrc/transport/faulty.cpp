@@ -66,9 +66,17 @@ void Faults::lie_about(RowHeader* stored) {
   if (lying(lie_num_choices)) stored->num_choices = wild;
 }
 
+void Faults::lie_about_claims(i32* claims, i32 num_experts) {
+  if (!lying(lie_claims)) return;
+  const i32 wrong[] = {claims[0] + 1, claims[0] - 1, -7, 1 << 30};
+  claims[next_random() % static_cast<u64>(num_experts)] = wrong[next_random() % 4];
+  num_faults.fetch_add(1);
+}
+
 void Faults::at(Point point, u64 round, Fabric& fabric) {
   for (Armed& one : armed) {
     if (one.action == Action::none || one.point != point || one.round != round) continue;
+    if (one.skip-- > 0) continue;
     const Armed fault = one;
     one.action = Action::none;
     num_faults.fetch_add(1);

@@ -32,6 +32,16 @@ class Wire {
   void put_signal(i32 dst, u64* word, u64 value, bool combine) {
     if (faults.put_signal(dst, word, value, combine)) ring_doorbell(fabric_.page(dst));
   }
+  void put_taken(i32 dst, u64* word, u64 value) {
+    if (faults.cut.has(dst) || faults.drop_taken.has(dst)) return;
+    store_release(word, value);
+    ring_doorbell(fabric_.page(dst));
+  }
+  void put_claims(i32 dst, void* to, i32* claims, i32 num_experts) {
+    if (faults.cut.has(dst)) return;
+    faults.lie_about_claims(claims, num_experts);
+    memcpy(to, claims, sizeof(i32) * static_cast<u64>(num_experts));
+  }
   void put_progress(i32 dst, u64* word, u64 value) {
     if (!faults.cut.has(dst)) store_release(word, value);
   }
@@ -48,6 +58,13 @@ class Wire {
   void put_signal(i32 dst, u64* word, u64 value, bool) {
     store_release(word, value);
     ring_doorbell(fabric_.page(dst));
+  }
+  void put_taken(i32 dst, u64* word, u64 value) {
+    store_release(word, value);
+    ring_doorbell(fabric_.page(dst));
+  }
+  void put_claims(i32, void* to, const i32* claims, i32 num_experts) {
+    memcpy(to, claims, sizeof(i32) * static_cast<u64>(num_experts));
   }
   void put_progress(i32, u64* word, u64 value) {
     if (kWatched) store_release(word, value);
