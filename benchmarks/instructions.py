@@ -57,6 +57,6 @@ def count(shape: Shape, module: Path, num_rounds: int) -> float:
 
 
 def _fields(shape: Shape) -> dict[str, Any]:
-    from fault_a2a.buffer import core_fields
+    from fault_a2a.core_fields import core_fields
 
     return core_fields(shape.config(), shape.ranks, 0)

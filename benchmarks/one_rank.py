@@ -1,6 +1,6 @@
 """Runs rounds of one rank on one core module, without torch: what callgrind counts the instructions of.
 
-python one_rank.py MODULE_FILE NUM_ROUNDS FIELDS, where FIELDS is the JSON of ``fault_a2a.buffer.core_fields``. It
+python one_rank.py MODULE_FILE NUM_ROUNDS FIELDS, where FIELDS is the JSON of ``fault_a2a.core_fields.core_fields``. It
 calls the module as ``fault_a2a/buffer.py`` does, and is a program of its own because importing torch under callgrind
 takes minutes.
 """

@@ -67,7 +67,7 @@ def ask_library(shape: Shape, num_teams: int) -> Library:
     def ask() -> dict[str, Any]:
         import fault_a2a
         from fault_a2a._core import core
-        from fault_a2a.buffer import window_bytes
+        from fault_a2a.core_fields import window_bytes
 
         config = shape.config()
         return {
