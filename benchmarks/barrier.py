@@ -70,7 +70,7 @@ class Place:
         self.barrier, self.rank = barrier, rank
 
     def stamp(self) -> None:
-        """My part is done: what I do until ``meet`` is not measured."""
+        """My part of what is measured is done now."""
         self.barrier.words[1 + self.rank] = time.monotonic_ns()
 
     def meet(self) -> int:

@@ -20,7 +20,7 @@ from benchmarks.barrier import Barrier, Place
 from benchmarks.systems import System
 from benchmarks.work import NUM_BATCHES, Batch, Shape
 
-END, BUILD, CHECK, SETTLE, SPLIT, WHOLE = range(6)
+END, BUILD, CHECK, SETTLE, SPLIT, WHOLE, JUDGE = range(7)
 _BUILD_TIMEOUT_S = 180
 _ROUND_TIMEOUT_S = 120
 _END_TIMEOUT_S = 20
@@ -56,7 +56,6 @@ class Team:
         self.pids: dict[int, int] = {}  # of the ranks that are not reaped
         self.words: list[IO[bytes]] = []
         self.port_pipe = os.pipe()
-        self.num_check_rounds = 0
         for rank in range(shape.ranks):
             self._fork(rank)
         os.close(self.port_pipe[0])
@@ -123,9 +122,8 @@ class Team:
         self.barrier.let_go(BUILD)
         self._wait(_BUILD_TIMEOUT_S)
         for _ in range(num_check_rounds):
-            self.barrier.let_go(CHECK)
-            self._wait(_ROUND_TIMEOUT_S)
-        self.num_check_rounds += num_check_rounds
+            self._time(CHECK)
+            self._judge()
         self._signal(signal.SIGSTOP)
 
     def _tell_port(self, port: int) -> None:
@@ -148,12 +146,17 @@ class Team:
                 times["pair"].append(self._time(order))
             else:
                 self._time(order)
+            self._judge()
         self._signal(signal.SIGSTOP)
         return times
 
     def _time(self, order: int) -> float:
         began_ns = self.barrier.let_go(order)
         return (self._wait(_ROUND_TIMEOUT_S) - began_ns) / 1e3
+
+    def _judge(self) -> None:
+        self.barrier.let_go(JUDGE)
+        self._wait(_ROUND_TIMEOUT_S)
 
     def _wait(self, timeout_s: float) -> int:
         try:
@@ -231,7 +234,7 @@ class Team:
 
 
 def _run_round(system: System, batch: Batch, order: int, place: Place) -> None:
-    """One round, its answer checked after the stamp. Raises when the answer is wrong: a wrong system has no time."""
+    """One round, and then its answer. Raises when the answer is wrong: a wrong system has no time."""
     received, handle = system.dispatch(batch)
     if order == SPLIT:
         place.stamp()
@@ -240,6 +243,8 @@ def _run_round(system: System, batch: Batch, order: int, place: Place) -> None:
         system.apply_factors(received)
     out = system.combine(received, handle)
     place.stamp()
+    # Only when the last rank is done: whoever checked at once would take the processor from those still at work.
+    place.meet()
     answer = batch.of_factors if order == CHECK else batch.of_identity
     trouble = system.trouble() or (system.computes and answer.trouble(out, system.bit_exact))
     if trouble:

@@ -114,6 +114,8 @@ class Answer:
         """What is wrong with ``out``; empty if nothing is."""
         if out.shape != self.out.shape or out.dtype != self.out.dtype:
             return f"the output is {tuple(out.shape)} {out.dtype}, not {tuple(self.out.shape)} {self.out.dtype}"
+        if torch.equal(out.view(torch.uint8), self.out.view(torch.uint8)):
+            return ""
         if bit_exact:
             num_wrong = int((~self.reference.same_bits(out, self.out)).sum())
             return f"{num_wrong} of {out.numel()} elements have other bits than the reference" if num_wrong else ""
