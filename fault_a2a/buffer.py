@@ -12,7 +12,7 @@ import torch
 
 from fault_a2a import ops
 from fault_a2a._core import core
-from fault_a2a.checks import check_kind, check_tensor
+from fault_a2a.checks import check_expert_rows, check_kind, check_kinds, check_scales, check_tensor, check_tokens
 from fault_a2a.config import MAX_MS, MIN_BEATS_PER_SILENCE, Config
 from fault_a2a.core_fields import core_fields
 from fault_a2a.errors import ClosedError, ConstructError, FaultA2AError, QuorumLostError, RankEvictedError
@@ -21,8 +21,6 @@ from fault_a2a.lent_memory import LentMemory
 from fault_a2a.membership import Evidence, MembershipThread, StoreArbiter, View
 from fault_a2a.placement import as_whole_number
 from fault_a2a.rounds import Handle, Outcome, Received, RecvHook
-
-_INDEX_DTYPES = (torch.int64, torch.int32)
 
 
 def phases() -> list[str]:
@@ -76,6 +74,16 @@ class Buffer:
         # A row has one place for each of its experts here.
         return [self.capacity * min(self.config.num_topk, self.num_local_experts), self.config.hidden]
 
+    @property
+    def scales_shape(self) -> list[int]:
+        """Of ``recv.scales`` as the operator returns it: nothing if rows have none."""
+        return [*self.recv_shape[:-1], self.config.num_scales] if self.config.num_scales else [0]
+
+    @property
+    def weights_shape(self) -> list[int]:
+        """Of ``recv.weights`` as the operator returns it: nothing if they are applied at the owner."""
+        return self.recv_shape[:-1] if self.config.weights_at == "expert" else [0]
+
     def _build_core(self, deadline: float) -> Any:
         self.group, lines = self.group.introduce(self._introduction(), deadline)
         config, group, introductions = self.config, self.group, [line.split(maxsplit=2) for line in lines]
@@ -115,7 +123,7 @@ class Buffer:
             self.core.open_peers()
             self.group.meet("opened", deadline)
             self.id = ops.register(self)
-            self._memory = LentMemory(self.recv_shape, self.config.dtype)
+            self._memory = LentMemory(self.recv_shape, self.config.recv_dtype)
             self._membership = MembershipThread(self.core, StoreArbiter(self.group))
             self._warm_up()
             self.group.meet("warm", deadline, trouble=self._who_gave_up)
@@ -128,10 +136,11 @@ class Buffer:
     def _warm_up(self) -> None:
         """One empty round through the whole machine, in which only an exit can end a wait."""
         empty = torch.empty([0, self.config.num_topk])
-        received, handle = self.dispatch(
-            torch.empty([0, self.config.hidden], dtype=self.config.dtype), empty.long(), empty
-        )
-        self.combine(received.x, handle)
+        config = self.config
+        x = torch.empty([0, config.hidden], dtype=config.recv_dtype)
+        scales = torch.empty([0, config.num_scales], dtype=config.scale_dtype) if config.num_scales else None
+        received, handle = self.dispatch(x, empty.long(), empty, scales)
+        self.combine(torch.empty(received.x.shape, dtype=config.dtype), handle)
         if self._who_gave_up():
             raise ConstructError(self._who_gave_up())
 
@@ -152,17 +161,30 @@ class Buffer:
         x: torch.Tensor,
         topk_idx: torch.Tensor,
         topk_weights: torch.Tensor,
+        scales: torch.Tensor | None = None,
         *,
         return_recv_hook: Literal[False] = False,
     ) -> tuple[Received, Handle]: ...
 
     @overload
     def dispatch(
-        self, x: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor, *, return_recv_hook: Literal[True]
+        self,
+        x: torch.Tensor,
+        topk_idx: torch.Tensor,
+        topk_weights: torch.Tensor,
+        scales: torch.Tensor | None = None,
+        *,
+        return_recv_hook: Literal[True],
     ) -> tuple[Received, Handle, RecvHook]: ...
 
     def dispatch(
-        self, x: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor, *, return_recv_hook: bool = False
+        self,
+        x: torch.Tensor,
+        topk_idx: torch.Tensor,
+        topk_weights: torch.Tensor,
+        scales: torch.Tensor | None = None,
+        *,
+        return_recv_hook: bool = False,
     ) -> tuple[Received, Handle] | tuple[Received, Handle, RecvHook]:
         """Sends each token to the ranks that hold its experts, and receives what others sent to mine.
 
@@ -171,9 +193,10 @@ class Buffer:
         that a missing peer could hang it. At most two rounds may be open, one on each lane.
 
         Args:
-            x: ``[num_tokens, hidden]``, ``config.dtype``, contiguous, CPU.
+            x: ``[num_tokens, hidden]``, ``config.dtype``, contiguous, CPU; or quantised, in ``config.dispatch_dtype``.
             topk_idx: int64 or int32 ``[num_tokens, num_topk]``; -1 for no expert; no expert twice in a row.
             topk_weights: float32 ``[num_tokens, num_topk]``.
+            scales: of an ``x`` that comes quantised, ``[num_tokens, config.num_scales]``, ``config.scale_dtype``.
             return_recv_hook: send only, and return a hook that receives, so that other work fits in between. Waits for
                 nobody then but at the gate, while a view is being changed. ``x`` must not change before the hook has
                 been called; in the packed format ``recv.x`` has its largest shape, of which ``offsets[-1]`` rows count.
@@ -183,13 +206,28 @@ class Buffer:
             RuntimeError: a third round would be open.
             RankEvictedError, QuorumLostError, ClosedError: this rank may not go on.
         """
-        _check_kinds(x=x, topk_idx=topk_idx, topk_weights=topk_weights)
+        check_kinds(x=x, topk_idx=topk_idx, topk_weights=topk_weights)
         if return_recv_hook:
-            return self._dispatch_send(x, topk_idx, topk_weights)
-        recv_x, num_tokens, offsets, handle = torch.ops.fault_a2a.dispatch(x, topk_idx, topk_weights, self.id)
+            return self._dispatch_send(x, topk_idx, topk_weights, scales)
+        recv_x, num_tokens, offsets, handle, recv_scales, recv_weights = torch.ops.fault_a2a.dispatch(
+            x, topk_idx, topk_weights, self.id, scales
+        )
         if self.config.recv_format == "packed" and not torch.compiler.is_compiling():
-            recv_x = recv_x[: int(handle[3])]
-        return Received(recv_x, num_tokens, offsets), Handle(handle, topk_weights, self)
+            num_received = int(handle[3])
+            recv_x, recv_scales, recv_weights = (t[:num_received] for t in (recv_x, recv_scales, recv_weights))
+        received = self._received(recv_x, recv_scales, recv_weights, num_tokens, offsets)
+        return received, Handle(handle, topk_weights, self)
+
+    def _received(
+        self,
+        x: torch.Tensor,
+        scales: torch.Tensor,
+        weights: torch.Tensor,
+        num_tokens: torch.Tensor,
+        offsets: torch.Tensor,
+    ) -> Received:
+        has_scales, has_weights = self.config.num_scales is not None, self.config.weights_at == "expert"
+        return Received(x, num_tokens, offsets, scales if has_scales else None, weights if has_weights else None)
 
     @overload
     def combine(
@@ -236,19 +274,32 @@ class Buffer:
     # Everything below speaks to the core in halves: what is sent, and what is received.
 
     def _dispatch(
-        self, x: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        received, handle, receive = self._dispatch_send(x, topk_idx, topk_weights)
+        self,
+        x: torch.Tensor,
+        topk_idx: torch.Tensor,
+        topk_weights: torch.Tensor,
+        scales: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, ...]:
+        received, handle, receive = self._dispatch_send(x, topk_idx, topk_weights, scales)
         receive()
-        return received.x, received.num_tokens, received.offsets, handle.tensor
+        nothing = torch.empty([0], dtype=self.config.scale_dtype), torch.empty([0])
+        recv_scales = nothing[0] if received.scales is None else received.scales
+        recv_weights = nothing[1] if received.weights is None else received.weights
+        return received.x, received.num_tokens, received.offsets, handle.tensor, recv_scales, recv_weights
 
     def _dispatch_send(
-        self, x: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor
+        self, x: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor, scales: torch.Tensor | None
     ) -> tuple[Received, Handle, RecvHook]:
         self._check_open()
-        self._check_tokens(x, topk_idx, topk_weights)
+        check_tokens(self.config, x, topk_idx, topk_weights)
+        check_scales(self.config, x, scales)
         status, round_number, _, token, choice, value = self.core.dispatch_send(
-            x.data_ptr(), topk_idx.data_ptr(), topk_idx.dtype == torch.int64, topk_weights.data_ptr(), x.shape[0]
+            x.data_ptr(),
+            0 if scales is None else _address(scales),
+            topk_idx.data_ptr(),
+            topk_idx.dtype == torch.int64,
+            topk_weights.data_ptr(),
+            x.shape[0],
         )
         if status == "bad_expert":
             raise ValueError(
@@ -262,19 +313,22 @@ class Buffer:
         self._raise_for(status)
         # Not one buffer for a parity: a compiler computes in place, and hands on what it was given.
         recv_x = self._memory.lend()
+        recv_scales = torch.empty(self.scales_shape, dtype=self.config.scale_dtype)
+        recv_weights = torch.empty(self.weights_shape)
         num_tokens = torch.empty([self.num_local_experts], dtype=torch.int32)
         offsets = torch.empty([self.num_local_experts + 1], dtype=torch.int32)
         handle = torch.tensor([self.id, round_number, x.shape[0], 0], dtype=torch.int64)
 
-        def receive(x: torch.Tensor = x) -> None:  # a stream reads x until it ends
-            status, _, num_received, *_ = self.core.dispatch_receive(
-                round_number, recv_x.data_ptr(), num_tokens.data_ptr(), offsets.data_ptr()
-            )
+        received = self._received(recv_x, recv_scales, recv_weights, num_tokens, offsets)
+        filled = recv_x, received.scales, received.weights, num_tokens, offsets
+
+        def receive(read: tuple[torch.Tensor | None, ...] = (x, scales)) -> None:  # a stream reads these until it ends
+            pointers = [0 if tensor is None else _address(tensor) for tensor in filled]
+            status, _, num_received, *_ = self.core.dispatch_receive(round_number, *pointers)
             self._raise_for(status)
             handle[3] = num_received
 
-        hook = RecvHook("dispatch", receive)
-        return Received(recv_x, num_tokens, offsets), Handle(handle, topk_weights, self), hook
+        return received, Handle(handle, topk_weights, self), RecvHook("dispatch", receive)
 
     def _combine(
         self, y: torch.Tensor, topk_weights: torch.Tensor, handle: torch.Tensor
@@ -286,7 +340,7 @@ class Buffer:
     def _combine_send(self, y: torch.Tensor, handle: Handle) -> tuple[torch.Tensor, Outcome, RecvHook]:
         self._check_open()
         round_number, num_tokens = self._check_handle(handle.tensor)
-        self._check_expert_rows(y, int(handle.tensor[3]))
+        check_expert_rows(self.config, self.recv_shape, y, int(handle.tensor[3]))
         self._raise_for(self.core.combine_send(y.data_ptr(), round_number))
         out = torch.empty([num_tokens, self.config.hidden], dtype=self.config.dtype)
         codes = torch.empty([num_tokens, self.config.num_topk], dtype=torch.uint8)
@@ -304,18 +358,6 @@ class Buffer:
         if self._closed:
             raise ClosedError("this buffer is closed.")
 
-    def _check_tokens(self, x: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> None:
-        config = self.config
-        check_tensor("x", x, (config.dtype,), [None, config.hidden])
-        if x.shape[0] > config.num_max_tokens_per_rank:
-            raise ValueError(
-                f"x has {x.shape[0]} tokens; give at most num_max_tokens_per_rank = {config.num_max_tokens_per_rank}, "
-                "or construct the Buffer with a larger one"
-            )
-        shape = [x.shape[0], config.num_topk]
-        check_tensor("topk_idx", topk_idx, _INDEX_DTYPES, shape)
-        check_tensor("topk_weights", topk_weights, (torch.float32,), shape)
-
     def _check_handle(self, handle: torch.Tensor) -> tuple[int, int]:
         """(round, num_tokens) of an open round of this buffer."""
         check_tensor("handle", handle, (torch.int64,), [ops.HANDLE_WORDS])
@@ -332,14 +374,6 @@ class Buffer:
                 "Call dispatch for a new handle"
             )
         return round_number, num_tokens
-
-    def _check_expert_rows(self, y: torch.Tensor, num_received: int) -> None:
-        if self.config.recv_format == "batched":
-            check_tensor("y", y, (self.config.dtype,), self.recv_shape)
-            return
-        # Compiled callers hand back the whole of recv.x, others the received rows.
-        rows = y.shape[0] if y.dim() == 2 and y.shape[0] == self.recv_shape[0] else num_received
-        check_tensor("y", y, (self.config.dtype,), [rows, self.config.hidden])
 
     def _raise_for(self, status: str) -> None:
         if status != "ok":
@@ -453,9 +487,8 @@ def _need_hooks() -> None:
         raise RuntimeError("faults need the test build; set FAULT_A2A_CORE=hooks before importing fault_a2a")
 
 
-def _check_kinds(**tensors: Any) -> None:
-    for name, tensor in tensors.items():
-        check_kind(name, tensor)
+def _address(tensor: torch.Tensor) -> int:
+    return int(tensor.data_ptr())
 
 
 def _check_is_handle(handle: Any) -> None:

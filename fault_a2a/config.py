@@ -12,8 +12,14 @@ from fault_a2a.placement import MAX_NUM_EXPERTS, Placement, as_whole_number
 
 RECV_FORMATS = ("batched", "packed")
 REDUCES = ("owner", "expert")
+WEIGHTS_AT = ("owner", "expert")
 ON_LOST = ("drop", "renormalize")
-DTYPES = (torch.bfloat16, torch.float32)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# What rows may travel as, besides `dtype`: one byte an element, and scales.
+DISPATCH_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.uint8)
+SCALE_ALIGNMENT = 16
+SCALE_BLOCK = 128  # elements that share a scale when rows are quantised here
+MAX_NUM_SCALES = 16384
 
 MIN_HIDDEN, MAX_HIDDEN, HIDDEN_MULTIPLE = 8, 16384, 8
 MAX_NUM_TOPK = 32
@@ -43,7 +49,7 @@ _WHOLE_NUMBERS = {
 }
 # How long each rank is ready to wait for the others is its own business.
 _MAY_DIFFER = ("construct_timeout_ms",)
-_CHOICES = {"recv_format": RECV_FORMATS, "reduce": REDUCES, "on_lost": ON_LOST}
+_CHOICES = {"recv_format": RECV_FORMATS, "reduce": REDUCES, "on_lost": ON_LOST, "weights_at": WEIGHTS_AT}
 
 
 @dataclass(frozen=True)
@@ -55,7 +61,8 @@ class Config:
         hidden: elements in a row of ``x``, 8 to 16384, a multiple of 8 (so that a row is whole 16-byte words).
         num_topk: choices per token, 1 to 32, at most ``num_experts``.
         num_max_tokens_per_rank: most tokens that one rank passes to one ``dispatch``, 1 to 524287.
-        dtype: of ``x``, ``recv.x``, ``y`` and ``out``: ``torch.bfloat16`` or ``torch.float32``.
+        dtype: of ``y`` and ``out``, and of ``x`` and ``recv.x`` if ``dispatch_dtype`` is ``None``: ``torch.bfloat16``,
+            ``torch.float16`` or ``torch.float32``.
         recv_format: ``"batched"``: ``recv.x`` is ``[num_local_experts, capacity, hidden]`` with
             ``capacity = num_ranks * num_max_tokens_per_rank``; ``"packed"``: ``[num_recv, hidden]`` and offsets.
         reduce: who sums the choices of a token. ``"owner"``: the token's own rank, in the order of the choices (same
@@ -77,6 +84,14 @@ class Config:
             as a stream of such chunks, each of which waits until its reader has made room. 1 to
             ``num_max_tokens_per_rank``, times ``num_topk`` at most 524287. ``None``: all tokens in one chunk up to
             1024, chunks of 128 above.
+        dispatch_dtype: of ``recv.x``, if rows travel quantised: ``torch.float8_e4m3fn``, to which an ``x`` in
+            ``dtype`` is quantised on the way out, in blocks of 1 x 128 (``reference.quantize_1x128``); this one,
+            ``float8_e5m2``, ``int8`` and ``uint8`` also for an ``x`` that comes quantised, with its ``scales``.
+        scale_dtype: of the scales that travel with a quantised row. ``torch.float32``, or ``torch.int32`` for powers of
+            two, four UE8M0 bytes in each; for rows that come quantised any dtype.
+        num_scales: scales of a row; ``None`` for what blocks of 1 x 128 make.
+        weights_at: where ``topk_weights`` are applied. ``"owner"``: in the sum; ``"expert"``: by the caller's experts,
+            who find them in ``recv.weights``, and the sum leaves them out.
 
     Raises:
         TypeError: a field has the wrong type. The message names the field and what to pass.
@@ -101,6 +116,10 @@ class Config:
     agreement_timeout_ms: int = 10000
     num_spare_partitions: int = 1
     num_chunk_tokens: int | None = None
+    dispatch_dtype: torch.dtype | None = None
+    scale_dtype: torch.dtype = torch.float32
+    num_scales: int | None = None
+    weights_at: str = "owner"
 
     def __post_init__(self) -> None:
         for name, (least, most) in _WHOLE_NUMBERS.items():
@@ -112,6 +131,7 @@ class Config:
             _check_choice(name, getattr(self, name), choices)
         _check_dtype(self.dtype)
         self._set_chunk()
+        self._set_scales()
         self._check_fit()
         if self.placement is not None and not isinstance(self.placement, Placement):
             object.__setattr__(self, "placement", _as_expert_rank(self.placement))
@@ -128,6 +148,64 @@ class Config:
                 f"num_chunk_tokens: {chunk} is out of range; pass 1 to num_max_tokens_per_rank = {most}, or None."
             )
         object.__setattr__(self, "num_chunk_tokens", chunk)
+
+    def _set_scales(self) -> None:
+        if self.dispatch_dtype is None:
+            if self.num_scales is not None:
+                raise ValueError("num_scales: only quantised rows have scales; set dispatch_dtype, or pass None.")
+            return
+        names = ", ".join(str(dtype) for dtype in DISPATCH_DTYPES)
+        if not isinstance(self.dispatch_dtype, torch.dtype):
+            raise TypeError(
+                f"dispatch_dtype: expected a torch.dtype, got {self.dispatch_dtype!r}; pass {names} or None."
+            )
+        if self.dispatch_dtype not in DISPATCH_DTYPES:
+            raise ValueError(f"dispatch_dtype: rows cannot travel as {self.dispatch_dtype}; pass {names} or None.")
+        if not isinstance(self.scale_dtype, torch.dtype):
+            raise TypeError(f"scale_dtype: expected a torch.dtype, got {self.scale_dtype!r}; pass torch.float32.")
+        num_scales = self.num_block_scales if self.num_scales is None else self.num_scales
+        num_scales = as_whole_number("num_scales", num_scales)
+        if not 1 <= num_scales <= MAX_NUM_SCALES:
+            raise ValueError(f"num_scales: {num_scales} is out of range; pass 1 to {MAX_NUM_SCALES}, or None.")
+        object.__setattr__(self, "num_scales", num_scales)
+
+    @property
+    def num_block_scales(self) -> int:
+        """Scales of a row in blocks of 1 x 128: one float32 each, or four UE8M0 bytes in each int32."""
+        num_blocks = -(-self.hidden // SCALE_BLOCK)
+        return -(-num_blocks // 4) if self.scale_dtype == torch.int32 else num_blocks
+
+    @property
+    def quantizes(self) -> str:
+        """What becomes of an ``x`` in ``dtype``: "never", or quantised with scales "float32" or "ue8m0"."""
+        formats = {torch.float32: "float32", torch.int32: "ue8m0"}
+        fits = self.dispatch_dtype == torch.float8_e4m3fn and self.num_scales == self.num_block_scales
+        return formats.get(self.scale_dtype, "never") if fits else "never"
+
+    @property
+    def recv_dtype(self) -> torch.dtype:
+        """Of ``recv.x``."""
+        return self.dispatch_dtype or self.dtype
+
+    @property
+    def scale_bytes(self) -> int:
+        """Bytes of the scales of one row; 0 if rows have none."""
+        return (self.num_scales or 0) * self.scale_dtype.itemsize
+
+    @property
+    def payload_bytes(self) -> int:
+        """Bytes of one row of ``recv.x``."""
+        return self.hidden * self.recv_dtype.itemsize
+
+    @property
+    def scales_at(self) -> int:
+        """Where the scales of a row stand behind its payload, on its way."""
+        return -(-self.payload_bytes // SCALE_ALIGNMENT) * SCALE_ALIGNMENT
+
+    @property
+    def dispatch_bytes(self) -> int:
+        """Bytes of one row on its way out, scales included."""
+        return self.scales_at + self.scale_bytes if self.scale_bytes else self.payload_bytes
 
     @property
     def chunk_tokens(self) -> int:
@@ -170,7 +248,7 @@ class Config:
 
     @property
     def hidden_bytes(self) -> int:
-        """Bytes of one row of ``x``."""
+        """Bytes of one row of ``y`` and ``out``."""
         return self.hidden * self.dtype.itemsize
 
     def compared(self, num_ranks: int) -> dict[str, str]:
@@ -221,13 +299,13 @@ def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
 
 
 def _check_dtype(dtype: object) -> None:
-    wanted = "torch.bfloat16 or torch.float32"
+    wanted = "torch.bfloat16, torch.float16 or torch.float32"
     if not isinstance(dtype, torch.dtype):
         raise TypeError(f"dtype: expected a torch.dtype, got {dtype!r} ({type(dtype).__name__}); pass {wanted}.")
     if dtype in DTYPES:
         return
-    if dtype == torch.float16 or str(dtype).startswith("torch.float8"):
-        raise ValueError(f"dtype: {dtype} comes with a later release; pass {wanted} until then.")
+    if str(dtype).startswith("torch.float8"):
+        raise ValueError(f"dtype: sums do not come as {dtype}; pass {wanted}, and dispatch_dtype={dtype}.")
     raise ValueError(f"dtype: {dtype} is not a payload type; pass {wanted}.")
 
 

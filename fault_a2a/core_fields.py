@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from fault_a2a._core import core
 from fault_a2a.config import Config
 
@@ -16,7 +14,12 @@ def core_fields(config: Config, num_ranks: int, rank: int) -> dict[str, Any]:
     return {
         **window_fields(config, num_ranks),
         "rank": rank,
-        "float32": config.dtype == torch.float32,
+        "dtype": str(config.dtype).removeprefix("torch."),
+        "quantize": config.quantizes,
+        "payload_bytes": config.payload_bytes,
+        "scale_bytes": config.scale_bytes,
+        "scales_at": config.scales_at,
+        "weights_at_expert": config.weights_at == "expert",
         "packed": config.recv_format == "packed",
         "renormalize": config.on_lost == "renormalize",
         "expert_rank": list(placement.expert_rank),
@@ -37,7 +40,7 @@ def window_fields(config: Config, num_ranks: int) -> dict[str, int]:
         "num_topk": config.num_topk,
         "num_max_tokens_per_rank": config.num_max_tokens_per_rank,
         "num_chunk_tokens": config.chunk_tokens,
-        "dispatch_bytes": config.hidden_bytes,
+        "dispatch_bytes": config.dispatch_bytes,
         "max_local_experts": config.placement_for(num_ranks).max_local_experts,
         "hidden_bytes": config.hidden_bytes,
         "num_spare_partitions": config.num_spare_partitions,

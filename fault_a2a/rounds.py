@@ -23,11 +23,17 @@ class Received:
             are written; packed ``[num_recv, hidden]``. Rows of an expert stand by source rank, then by token.
         num_tokens: int32 ``[num_local_experts]``.
         offsets: int32 ``[num_local_experts + 1]``: where each expert's rows begin in the packed format.
+        scales: of quantised rows, ``config.scale_dtype``, shaped as ``x`` with ``config.num_scales`` for ``hidden``;
+            else ``None``.
+        weights: float32, the weight of each row, shaped as ``x`` without ``hidden``, if
+            ``config.weights_at == "expert"``; else ``None``.
     """
 
     x: torch.Tensor
     num_tokens: torch.Tensor
     offsets: torch.Tensor
+    scales: torch.Tensor | None = None
+    weights: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)

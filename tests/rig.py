@@ -79,6 +79,17 @@ class Checker:
         self.tally = Tally(buffer.rank)
         self.local = buffer.placement.local_experts(buffer.rank)
 
+    def on_the_way(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Rows as they travel, and their scales."""
+        scale = self.buffer.config.quantizes
+        return (x, None) if scale == "never" else reference.quantize_1x128(x, scale)
+
+    def as_experts_see(self, rows: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:
+        config = self.buffer.config
+        if scales is None:
+            return rows
+        return reference.dequantize_1x128(rows, scales).to(config.dtype)
+
     def dispatch(self, round_number: int) -> tuple[Received, Handle]:
         received, handle = self.buffer.dispatch(*self.work.tokens(self.buffer.rank, round_number))
         self.check_received(received, handle, round_number)
@@ -90,24 +101,40 @@ class Checker:
         if int(received.num_tokens.sum()) != len(sources):
             self.tally.corrupt.append(f"round {round_number}: num_tokens does not count the rows")
         for src in sources[:, 2].unique().tolist():
-            x, idx, _ = self.work.tokens(src, round_number)
+            x, idx, weights = self.work.tokens(src, round_number)
             mine = sources[sources[:, 2] == src]
-            expected = x[mine[:, 3].long()]
-            if not reference.same_bits(rows[mine[:, 0].long()], expected).all():
+            places, tokens = mine[:, 0].long(), mine[:, 3].long()
+            sent, scales = self.on_the_way(x)
+            if not reference.same_bits(rows[places], sent[tokens]).all():
                 self.tally.corrupt.append(f"round {round_number}: rows from rank {src} are not its rows")
+            if scales is not None and received.scales is not None:
+                got = received.scales.reshape(-1, received.scales.shape[-1])[places]
+                if not reference.same_bits(got, scales[tokens]).all():
+                    self.tally.corrupt.append(f"round {round_number}: scales from rank {src} are not its scales")
+            if received.weights is not None:
+                wanted = weights[tokens, mine[:, 4].long()]
+                if not reference.same_bits(received.weights.reshape(-1)[places], wanted).all():
+                    self.tally.corrupt.append(f"round {round_number}: weights from rank {src} are not its weights")
             named = idx[mine[:, 3].long(), mine[:, 4].long()]
             if named.tolist() != [self.local[expert] for expert in mine[:, 1].tolist()]:
                 self.tally.corrupt.append(f"round {round_number}: rows from rank {src} stand at the wrong expert")
 
     def experts(self, received: Received) -> torch.Tensor:
-        y = torch.full_like(received.x, float("nan"))
+        y = torch.full(received.x.shape, float("nan"), dtype=self.buffer.config.dtype)
         flat, flat_y = received.x.reshape(-1, received.x.shape[-1]), y.view(-1, received.x.shape[-1])
         for local, expert in enumerate(self.local):
             count = int(received.num_tokens[local])
             first = int(received.offsets[local])
             if self.buffer.config.recv_format == "batched":
                 first = local * self.buffer.capacity
-            flat_y[first : first + count] = self.work.expert_rows(flat[first : first + count], expert)
+            span = slice(first, first + count)
+            scales = received.scales
+            rows = self.as_experts_see(
+                flat[span], None if scales is None else scales.reshape(-1, scales.shape[-1])[span]
+            )
+            flat_y[span] = self.work.expert_rows(rows, expert)
+            if received.weights is not None:
+                flat_y[span] = (flat_y[span].float() * received.weights.reshape(-1)[span, None]).to(y.dtype)
         return y
 
     def combine(self, received: Received, handle: Handle, round_number: int) -> Outcome:
@@ -118,8 +145,11 @@ class Checker:
     def check_output(self, out: torch.Tensor, outcome: Outcome, round_number: int) -> None:
         config, tally = self.buffer.config, self.tally
         x, idx, weights = self.work.tokens(self.buffer.rank, round_number)
+        x = self.as_experts_see(*self.on_the_way(x))
         rows = torch.stack([self.work.expert_rows(x, expert) for expert in range(config.num_experts)])
         chosen = rows[idx.clamp(min=0), torch.arange(len(x))[:, None]]
+        if config.weights_at == "expert":
+            chosen = (chosen.float() * weights[:, :, None]).to(config.dtype)
         expected = reference.combine(
             chosen,
             idx,
@@ -128,6 +158,7 @@ class Checker:
             reduce=config.reduce,
             placement=self.buffer.placement,
             on_lost=config.on_lost,
+            weights_at=config.weights_at,
         )
         if not reference.same_bits(out, expected).all():
             tally.corrupt.append(f"round {round_number}: out is not the sum of what the outcome says was delivered")

@@ -485,3 +485,9 @@ def evictions(seed: int, num_ranks: int = 8, two_open: bool = True) -> tuple[Wro
             if tally.rank not in dead and (tally.error or tally.rounds != number + 8):
                 wrong.append(f"survivor {tally.rank} ended after {tally.rounds} rounds: {tally.error}")
         return [f"seed {seed}: {text}" for text in wrong], len(order)
+
+
+def streamed_rows() -> Wrong:
+    """One thread stores rows past the cache and signals; another looks at each as soon as it sees the signal."""
+    num_torn = core.torn_streamed_rows(num_rounds=10_000, num_bytes=14336)
+    return [f"{num_torn} rows were announced before they were there"] if num_torn else []

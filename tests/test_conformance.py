@@ -135,7 +135,7 @@ class Strict(Checker):
         if self.victim is not None and not self.hears_victim(round_number, "dispatch.half_signalled"):
             srcs.remove(self.victim)
         expected = reference.dispatch(
-            [x for x, _, _ in tokens],
+            [self.on_the_way(x)[0] for x, _, _ in tokens],
             [idx for _, idx, _ in tokens],
             self.buffer.placement,
             self.buffer.rank,
@@ -230,7 +230,10 @@ def wait_for_view(ranks: VirtualRanks, living: Sequence[int], timeout_s: float =
 
 FORMATS = list(
     itertools.product(
-        (torch.bfloat16, torch.float32), ("batched", "packed"), ("owner", "expert"), ("drop", "renormalize")
+        (torch.bfloat16, torch.float32, torch.float16),
+        ("batched", "packed"),
+        ("owner", "expert"),
+        ("drop", "renormalize"),
     )
 )
 

@@ -90,6 +90,8 @@ void Endpoint::open_peers() {
   context_.dtype = config_.dtype;
   context_.packed = config_.packed;
   context_.renormalize = config_.renormalize;
+  context_.weights_at_expert = config_.weights_at_expert;
+  context_.format = config_.format;
   context_.expert_rank = config_.expert_rank;
   context_.expert_local = config_.expert_local;
   context_.num_local_experts = config_.num_local_experts;

@@ -18,6 +18,8 @@ struct EndpointConfig {
   DType dtype = DType::bfloat16;
   bool packed = false;
   bool renormalize = false;
+  bool weights_at_expert = false;
+  WireFormat format;
   std::vector<i32> expert_rank;
   std::vector<i32> expert_local;
   i32 num_local_experts = 0;

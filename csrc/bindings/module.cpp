@@ -13,6 +13,8 @@ namespace fa2a {
 
 void bind_verdict(py::module_& m);
 void bind_protocol(py::module_& m);
+void bind_rows(py::module_& m);
+DType dtype_named(const std::string& name);
 void bind_faults(py::module_& m, py::class_<Endpoint, std::shared_ptr<Endpoint>>& endpoint);
 
 namespace {
@@ -79,13 +81,25 @@ Shape shape_of(const py::dict& fields) {
   return shape;
 }
 
+WireFormat::Quantize quantize_named(const std::string& name) {
+  if (name == "never") return WireFormat::Quantize::never;
+  if (name == "float32") return WireFormat::Quantize::float32;
+  if (name == "ue8m0") return WireFormat::Quantize::ue8m0;
+  throw py::value_error("quantize must be never, float32 or ue8m0, not " + name);
+}
+
 EndpointConfig config_of(const py::dict& fields) {
   EndpointConfig config;
   config.shape = shape_of(fields);
   config.rank = fields["rank"].cast<i32>();
-  config.dtype = fields["float32"].cast<bool>() ? DType::float32 : DType::bfloat16;
+  config.dtype = dtype_named(fields["dtype"].cast<std::string>());
   config.packed = fields["packed"].cast<bool>();
   config.renormalize = fields["renormalize"].cast<bool>();
+  config.weights_at_expert = fields["weights_at_expert"].cast<bool>();
+  config.format.quantize = quantize_named(fields["quantize"].cast<std::string>());
+  config.format.payload_bytes = fields["payload_bytes"].cast<u64>();
+  config.format.scale_bytes = fields["scale_bytes"].cast<u64>();
+  config.format.scales_at = fields["scales_at"].cast<u64>();
   config.expert_rank = fields["expert_rank"].cast<std::vector<i32>>();
   config.expert_local = fields["expert_local"].cast<std::vector<i32>>();
   config.num_local_experts = fields["num_local_experts"].cast<i32>();
@@ -155,16 +169,21 @@ auto unlocked(Call call) {
   return call();
 }
 
-py::tuple call_dispatch_send(Endpoint& endpoint, std::uintptr_t x, std::uintptr_t topk_idx, bool idx_is_64_bit,
-                             std::uintptr_t topk_weights, i32 num_tokens) {
-  const DispatchArgs args{pointer<const u8>(x), pointer<const void>(topk_idx), idx_is_64_bit,
-                          pointer<const float>(topk_weights), num_tokens};
+py::tuple call_dispatch_send(Endpoint& endpoint, std::uintptr_t x, std::uintptr_t scales, std::uintptr_t topk_idx,
+                             bool idx_is_64_bit, std::uintptr_t topk_weights, i32 num_tokens) {
+  const DispatchArgs args{pointer<const u8>(x), pointer<const u8>(scales),          pointer<const void>(topk_idx),
+                          idx_is_64_bit,        pointer<const float>(topk_weights), num_tokens};
   return to_tuple(unlocked([&] { return endpoint.dispatch_send(args); }));
 }
 
-py::tuple call_dispatch_receive(Endpoint& endpoint, u64 round, std::uintptr_t recv_x, std::uintptr_t counts,
-                                std::uintptr_t offsets) {
-  const ReceiveArgs args{round, pointer<u8>(recv_x), pointer<i32>(counts), pointer<i32>(offsets)};
+py::tuple call_dispatch_receive(Endpoint& endpoint, u64 round, std::uintptr_t recv_x, std::uintptr_t recv_scales,
+                                std::uintptr_t recv_weights, std::uintptr_t counts, std::uintptr_t offsets) {
+  const ReceiveArgs args{round,
+                         pointer<u8>(recv_x),
+                         pointer<u8>(recv_scales),
+                         pointer<float>(recv_weights),
+                         pointer<i32>(counts),
+                         pointer<i32>(offsets)};
   return to_tuple(unlocked([&] { return endpoint.dispatch_receive(args); }));
 }
 
@@ -276,6 +295,7 @@ PYBIND11_MODULE(FA2A_MODULE_NAME, m) {
   m.doc() = "fault_a2a's native core";
   m.def("now_ns", &now_ns);
   bind_protocol(m);
+  bind_rows(m);
   bind_verdict(m);
   bind_endpoint(m);
   m.def("window_layout", [](const py::dict& fields) {

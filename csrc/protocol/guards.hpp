@@ -33,7 +33,8 @@ namespace fa2a {
   X(evicted_is_suspect) /* nobody waits for a rank that was voted out  */                       \
   X(view_once)          /* a round keeps the view that it began with                         */ \
   X(all_promised)       /* every next member has promised, a quorum is not enough            */ \
-  X(release_word)       /* the host can end any wait                                         */
+  X(release_word)       /* the host can end any wait                                         */ \
+  X(copy_fence)         /* rows stored past the cache are there before their signal is       */
 
 enum Guard : u32 {
 #define FA2A_GUARD_NAME(name) guard_##name,

@@ -54,7 +54,8 @@ struct Faults {
   Armed armed[kNumArmed];
   std::atomic<u64> num_faults{0};
 
-  void put_rows(i32 dst, void* to, const void* from, u64 num_bytes);
+  // True: the row is lost, or was stored here in its own slow way.
+  bool put_row(i32 dst, u8* to, const u8* from, u64 num_bytes);
   // False: lost on the way.
   bool put_signal(i32 dst, u64* word, u64 value, bool combine);
   void lie_about(RowHeader* stored);

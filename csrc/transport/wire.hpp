@@ -3,6 +3,7 @@
 
 #include <string.h>
 
+#include "host/copy.hpp"
 #include "host/doorbell.hpp"
 #include "protocol/guards.hpp"
 #include "protocol/layout.hpp"
@@ -20,9 +21,11 @@ class Wire {
   explicit Wire(Fabric& fabric) : fabric_(fabric) {}
 
 #if defined(FA2A_TEST_HOOKS) && FA2A_TEST_HOOKS
-  void put_rows(i32 dst, void* to, const void* from, u64 num_bytes) { faults.put_rows(dst, to, from, num_bytes); }
-  void put_answer(i32 dst, void* to, const void* from, u64 num_bytes) {
-    if (!faults.loses_answer(dst)) faults.put_rows(dst, to, from, num_bytes);
+  void put_row(i32 dst, u8* to, const u8* from, u64 num_bytes, bool streamed) {
+    if (!faults.put_row(dst, to, from, num_bytes)) store_row(to, from, num_bytes, streamed);
+  }
+  void put_answer(i32 dst, u8* to, const u8* from, u64 num_bytes, bool streamed) {
+    if (!faults.loses_answer(dst)) put_row(dst, to, from, num_bytes, streamed);
   }
   void put_row_header(i32 dst, RowHeader* to, const RowHeader& header, const RowChoice* choices) {
     if (faults.cut.has(dst)) return;
@@ -30,6 +33,7 @@ class Wire {
     faults.lie_about(to);
   }
   void put_signal(i32 dst, u64* word, u64 value, bool combine) {
+    finish_copies();
     if (faults.put_signal(dst, word, value, combine)) ring_doorbell(fabric_.page(dst));
   }
   void put_taken(i32 dst, u64* word, u64 value) {
@@ -50,12 +54,16 @@ class Wire {
 
   Faults faults;
 #else
-  void put_rows(i32, void* to, const void* from, u64 num_bytes) { memcpy(to, from, num_bytes); }
-  void put_answer(i32, void* to, const void* from, u64 num_bytes) { memcpy(to, from, num_bytes); }
+  // `streamed`: past the cache. Its order is put_signal's business.
+  void put_row(i32, u8* to, const u8* from, u64 num_bytes, bool streamed) { store_row(to, from, num_bytes, streamed); }
+  void put_answer(i32, u8* to, const u8* from, u64 num_bytes, bool streamed) {
+    store_row(to, from, num_bytes, streamed);
+  }
   void put_row_header(i32, RowHeader* to, const RowHeader& header, const RowChoice* choices) {
     store_row_header(to, header, choices);
   }
   void put_signal(i32 dst, u64* word, u64 value, bool) {
+    finish_copies();
     store_release(word, value);
     ring_doorbell(fabric_.page(dst));
   }
@@ -74,6 +82,12 @@ class Wire {
 #endif
 
  private:
+  static void store_row(u8* to, const u8* from, u64 num_bytes, bool streamed) {
+    if (streamed)
+      stream_row(to, from, num_bytes);
+    else
+      copy_row(to, from, num_bytes);
+  }
   static void store_row_header(RowHeader* to, const RowHeader& header, const RowChoice* choices) {
     *to = header;
     memcpy(to + 1, choices, sizeof(RowChoice) * static_cast<u64>(header.num_choices));

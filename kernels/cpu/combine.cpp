@@ -1,6 +1,4 @@
 // Combine on the CPU, the half that sends: expert rows go back to their owners, and everybody gets an answer.
-#include <string.h>
-
 #include "kernels/cpu/rows.hpp"
 #include "kernels/cpu/stream.hpp"
 
@@ -33,7 +31,7 @@ u64 return_choices(Context& c, const OpenRound& open, i32 owner, i32 chunk, u8* 
   u64 count = 0;
   for (; row < all.last && count < static_cast<u64>(c.at.num_combine_rows); ++row, ++count)
     c.wire->put_answer(owner, slots + c.at.combine_stride * count,
-                       open.y + hidden_bytes * static_cast<u64>(row->position), hidden_bytes);
+                       open.y + hidden_bytes * static_cast<u64>(row->position), hidden_bytes, open.streamed);
   return count;
 }
 
@@ -53,16 +51,20 @@ u64 return_sums(Context& c, const OpenRound& open, i32 owner, i32 chunk, u8* slo
       step = half;
     }
   }
-  std::vector<float> sum(static_cast<size_t>(c.hidden()));
-  std::vector<u8> rounded(hidden_bytes);
+  std::vector<const u8*> parts;
+  std::vector<float> weights;
+  std::vector<u8> sum(hidden_bytes);
   u64 count = 0;
   for (; row != rows.last && count < static_cast<u64>(c.at.num_combine_rows); ++count) {
-    memset(sum.data(), 0, sizeof(float) * sum.size());
-    for (const i32 src_row = row->src_row; row != rows.last && row->src_row == src_row; ++row)
-      add_scaled_row(c.dtype, sum.data(), open.y + hidden_bytes * static_cast<u64>(row->position), row->weight,
-                     c.hidden());
-    store_row(c.dtype, rounded.data(), sum.data(), c.hidden());
-    c.wire->put_answer(owner, slots + c.at.combine_stride * count, rounded.data(), hidden_bytes);
+    parts.clear();
+    weights.clear();
+    for (const i32 src_row = row->src_row; row != rows.last && row->src_row == src_row; ++row) {
+      parts.push_back(open.y + hidden_bytes * static_cast<u64>(row->position));
+      weights.push_back(c.weights_at_expert ? 1.0f : row->weight);
+    }
+    weighted_sum(c.dtype, sum.data(), parts.data(), weights.data(), static_cast<i32>(parts.size()), c.hidden(), 1.0f,
+                 /*zero=*/false);
+    c.wire->put_answer(owner, slots + c.at.combine_stride * count, sum.data(), hidden_bytes, open.streamed);
   }
   return count;
 }
@@ -128,6 +130,7 @@ CombineResult combine_send(Context& c, const CombineArgs& args) {
   c.wire->at(Point::combine_begin, open.round);
   if (open.stage == Stage::sent) give_up_dispatch(c, open);
   open.y = args.y;
+  open.streamed = c.streams(open.received.size() * static_cast<u64>(c.shape.hidden_bytes));
   answer(c, machine, open, args.abandon);
   open.stage = Stage::answered;
   machine.enter(Phase::caller);

@@ -3,6 +3,7 @@
 
 #include <vector>
 
+#include "host/copy.hpp"
 #include "protocol/layout.hpp"
 #include "protocol/rank_state.hpp"
 #include "protocol/round.hpp"
@@ -11,7 +12,7 @@
 
 namespace fa2a {
 
-enum class DType : u32 { bfloat16, float32 };
+enum class DType : u32 { bfloat16, float32, float16 };
 enum class Outcome : u8 { none = 0, delivered = 1, lost = 2, unroutable = 3 };
 
 // Why a call did nothing. Everything but `ok` leaves the rank as it was.
@@ -25,6 +26,16 @@ enum class Status : u32 {
   evicted,
   closed,
   quorum_lost
+};
+
+// How rows look on their way out. Scales, if there are any, stand behind the payload of their row.
+struct WireFormat {
+  enum class Quantize : u32 { never, float32, ue8m0 };  // what becomes of a row that comes in the type of `out`
+
+  Quantize quantize = Quantize::never;
+  u64 payload_bytes = 0;
+  u64 scale_bytes = 0;  // 0: rows have no scales
+  u64 scales_at = 0;
 };
 
 // One row of recv.x: where it stands and whose it is.
@@ -73,7 +84,10 @@ struct OpenRound {
   std::vector<OutStream> out;
   std::vector<InStream> in;
   // As the owner of tokens.
-  const u8* x = nullptr;  // the caller's, until the last chunk is out
+  const u8* x = nullptr;       // the caller's, until the last chunk is out
+  const u8* scales = nullptr;  // as x, of rows that come quantised
+  std::vector<u8> quantized;   // rows that are quantised here, as they travel
+  bool streamed = false;       // more bytes than caches hold go past them
   i32 num_tokens = 0;
   std::vector<i32> topk_idx;  // [num_tokens * num_topk]
   std::vector<float> topk_weights;
@@ -110,6 +124,8 @@ struct Context {
   DType dtype = DType::bfloat16;
   bool packed = false;
   bool renormalize = false;
+  bool weights_at_expert = false;
+  WireFormat format;
   std::vector<i32> expert_rank;   // per expert
   std::vector<i32> expert_local;  // per expert
   i32 num_local_experts = 0;
@@ -129,11 +145,14 @@ struct Context {
   }
   static u64* word(u8* partition, u64 offset) { return reinterpret_cast<u64*>(partition + offset); }
   i32 capacity() const { return shape.num_ranks * shape.num_max_tokens; }
-  i32 hidden() const { return shape.hidden_bytes / (dtype == DType::bfloat16 ? 2 : 4); }
+  i32 hidden() const { return shape.hidden_bytes / (dtype == DType::float32 ? 4 : 2); }
+  // So many bytes, by every rank of the host at once: do they go past the cache?
+  bool streams(u64 num_bytes) const { return num_bytes * static_cast<u64>(shape.num_ranks) >= kStreamedBytes; }
 };
 
 struct DispatchArgs {
   const u8* x;           // [num_tokens, hidden]
+  const u8* scales;      // of rows that come quantised; nullptr: x is of the type of `out`
   const void* topk_idx;  // [num_tokens, num_topk]
   bool idx_is_64_bit;
   const float* topk_weights;
@@ -143,6 +162,8 @@ struct DispatchArgs {
 struct ReceiveArgs {
   u64 round;
   u8* recv_x;
+  u8* recv_scales;             // nullptr: rows have none
+  float* recv_weights;         // of each row of recv.x; nullptr: weights are applied at the owner
   i32* num_tokens_per_expert;  // [num_local_experts]
   i32* offsets;                // [num_local_experts + 1]
 };

@@ -1,6 +1,7 @@
 // Dispatch on the CPU, the half that sends: check, begin the round, route, and one row per (token, destination rank).
 #include <string.h>
 
+#include "kernels/cpu/quantize.hpp"
 #include "kernels/cpu/stream.hpp"
 
 namespace fa2a {
@@ -111,12 +112,33 @@ void store_claims(Context& c, const OpenRound& open, i32 dst) {
                      c.shape.max_local_experts);
 }
 
+// Every row is quantised once, however many ranks it goes to.
+void quantize(const Context& c, const DispatchArgs& args, OpenRound& open) {
+  const bool is_float32 = c.format.quantize == WireFormat::Quantize::float32;
+  const u64 row_bytes = static_cast<u64>(c.shape.dispatch_bytes);
+  open.quantized.resize(static_cast<size_t>(args.num_tokens) * row_bytes);
+  for (i32 token = 0; token < args.num_tokens; ++token) {
+    u8* row = open.quantized.data() + row_bytes * static_cast<u64>(token);
+    quantize_row(c.dtype, is_float32 ? ScaleFormat::float32 : ScaleFormat::ue8m0, row, row + c.format.scales_at,
+                 args.x + static_cast<u64>(c.shape.hidden_bytes) * static_cast<u64>(token), c.hidden());
+  }
+  open.x = open.quantized.data();
+}
+
+void put_token(Context& c, const OpenRound& open, i32 dst, u8* to, i32 token) {
+  const auto row_bytes = static_cast<u64>(c.shape.dispatch_bytes);
+  const auto row = static_cast<u64>(token);
+  if (open.scales == nullptr) return c.wire->put_row(dst, to, open.x + row_bytes * row, row_bytes, open.streamed);
+  c.wire->put_row(dst, to, open.x + c.format.payload_bytes * row, c.format.payload_bytes, open.streamed);
+  c.wire->put_row(dst, to + c.format.scales_at, open.scales + c.format.scale_bytes * row, c.format.scale_bytes,
+                  /*streamed=*/false);
+}
+
 // Stores the rows of one chunk; nothing tells of them yet. Returns their number.
 u64 store_chunk(Context& c, const OpenRound& open, i32 dst, i32 chunk) {
   const i32 k = c.shape.num_topk;
   const u32 parity = open.round % kNumParities;
   u8* partition = c.fabric->outbound(dst);
-  const auto row_bytes = static_cast<u64>(c.shape.dispatch_bytes);
   const i32 first = open.rows_to[static_cast<size_t>(dst)] + chunk * c.at.num_dispatch_rows;
   const i32 end = open.rows_to[static_cast<size_t>(dst) + 1];
   const i32 last = end - first < c.at.num_dispatch_rows ? end : first + c.at.num_dispatch_rows;
@@ -133,8 +155,7 @@ u64 store_chunk(Context& c, const OpenRound& open, i32 dst, i32 chunk) {
     }
     auto* at = reinterpret_cast<RowHeader*>(partition + c.at.row_headers[parity] + c.at.header_stride * slot);
     c.wire->put_row_header(dst, at, header, choices.data());
-    c.wire->put_rows(dst, partition + c.at.dispatch_rows[parity] + c.at.dispatch_stride * slot,
-                     open.x + row_bytes * static_cast<u64>(token), row_bytes);
+    put_token(c, open, dst, partition + c.at.dispatch_rows[parity] + c.at.dispatch_stride * slot, token);
     if (2 * (row - first + 1) >= last - first) c.wire->at(Point::dispatch_send_rows, open.round);
   }
   return static_cast<u64>(last - first);
@@ -216,9 +237,12 @@ DispatchResult dispatch_send(Context& c, const DispatchArgs& args) {
   c.wire->at(Point::dispatch_started, round);
   open.stage = Stage::sent;
   open.x = args.x;
+  open.scales = args.scales;
   ++c.next_round;
   route_choices(c, args, open);
   list_rows(c, open);
+  if (c.format.quantize != WireFormat::Quantize::never && args.scales == nullptr) quantize(c, args, open);
+  open.streamed = c.streams(open.row_tokens.size() * static_cast<u64>(c.shape.dispatch_bytes));
   send_first_chunks(c, machine, open);
   machine.enter(Phase::caller);
   result.round = round;

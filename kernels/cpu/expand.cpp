@@ -33,6 +33,8 @@ class Expansion {
   bool take_chunk(i32 src);
   bool take_rows(i32 src, i32 chunk, u64 count);
   bool take_row(i32 src, const u8* header, const u8* row);
+  void copy_out(const u8* row, i32 position, float weight);
+  void move_rows(i32 to, i32 from, i32 num_rows);
   void end_source(i32 src, bool whole);
   bool awaits(i32 peer) const;
   void look_for_word_of(i32 peer);
@@ -44,6 +46,7 @@ class Expansion {
   const i32 n_;
   const i32 num_experts_;
   bool placed_ = false;
+  bool streamed_ = false;
   size_t num_copied_ = 0;
   std::vector<i32> claims_;  // [src][expert]
   std::vector<i32> first_;   // [src][expert]: row of recv.x of its first row
@@ -144,6 +147,7 @@ void Expansion::assign_places() {
     open_.received_from[static_cast<size_t>(src) + 1] = open_.received_from[static_cast<size_t>(src)] + num_rows;
   }
   open_.received.resize(static_cast<size_t>(open_.received_from.back()));
+  streamed_ = c_.streams(open_.received.size() * c_.format.payload_bytes);
   if (open_.received.empty()) c_.wire->at(Point::dispatch_copy, open_.round);
 }
 
@@ -216,10 +220,32 @@ bool Expansion::take_row(i32 src, const u8* header_bytes, const u8* row) {
     received[filled++] = {position,      choice.local_expert, src, header.src_token, choice.choice,
                           choice.weight, in(src).num_rows};
     if (num_copied_++ == open_.received.size() / 4) c_.wire->at(Point::dispatch_copy, open_.round);
-    const auto row_bytes = static_cast<u64>(c_.shape.dispatch_bytes);
-    memcpy(args_.recv_x + row_bytes * static_cast<u64>(position), row, row_bytes);
+    copy_out(row, position, choice.weight);
   }
   return true;
+}
+
+void Expansion::copy_out(const u8* row, i32 position, float weight) {
+  const auto at_row = static_cast<u64>(position);
+  u8* to = args_.recv_x + c_.format.payload_bytes * at_row;
+  if (streamed_)
+    stream_row(to, row, c_.format.payload_bytes);
+  else
+    copy_row(to, row, c_.format.payload_bytes);
+  if (args_.recv_scales != nullptr)
+    memcpy(args_.recv_scales + c_.format.scale_bytes * at_row, row + c_.format.scales_at, c_.format.scale_bytes);
+  if (args_.recv_weights != nullptr) args_.recv_weights[position] = weight;
+}
+
+void Expansion::move_rows(i32 to, i32 from, i32 num_rows) {
+  auto move = [&](u8* rows, u64 row_bytes) {
+    if (rows != nullptr)
+      memmove(rows + row_bytes * static_cast<u64>(to), rows + row_bytes * static_cast<u64>(from),
+              row_bytes * static_cast<u64>(num_rows));
+  };
+  move(args_.recv_x, c_.format.payload_bytes);
+  move(args_.recv_scales, c_.format.scale_bytes);
+  move(reinterpret_cast<u8*>(args_.recv_weights), sizeof(float));
 }
 
 void Expansion::end_source(i32 src, bool whole) {
@@ -246,7 +272,7 @@ void Expansion::look_for_word_of(i32 peer) {
 }
 
 i32 Expansion::finish() {
-  const auto row_bytes = static_cast<u64>(c_.shape.dispatch_bytes);
+  finish_copies();
   std::vector<i32> moved_by(first_.size(), 0);
   i32 packed_end = 0;
   for (i32 expert = 0; expert < num_experts_; ++expert) {
@@ -257,9 +283,7 @@ i32 Expansion::finish() {
       const size_t cell = at(src, expert);
       const i32 num_rows = claims_[cell];
       moved_by[cell] = first_[cell] - position;
-      if (moved_by[cell] != 0 && num_rows != 0)
-        memmove(args_.recv_x + row_bytes * static_cast<u64>(position),
-                args_.recv_x + row_bytes * static_cast<u64>(first_[cell]), row_bytes * static_cast<u64>(num_rows));
+      if (moved_by[cell] != 0 && num_rows != 0) move_rows(position, first_[cell], num_rows);
       position += num_rows;
     }
     args_.num_tokens_per_expert[expert] = position - begin;

@@ -1,6 +1,4 @@
 // Combine on the CPU, the half that receives: each owner sums what came back, and says exactly what did not.
-#include <string.h>
-
 #include "kernels/cpu/rows.hpp"
 #include "kernels/cpu/stream.hpp"
 
@@ -19,8 +17,7 @@ class Reduction {
         open_(open),
         args_(args),
         n_(c.shape.num_ranks),
-        num_topk_(static_cast<size_t>(c.shape.num_topk)),
-        sum_(static_cast<size_t>(c.hidden())) {}
+        num_topk_(static_cast<size_t>(c.shape.num_topk)) {}
 
   Status run();
   i64 num_lost() const { return num_lost_; }
@@ -39,8 +36,8 @@ class Reduction {
   void give_back(i32 dst);
   i64 set_codes(size_t token);
   void sum_token(size_t token);
-  void sum_choices(size_t first);
-  void sum_ranks(size_t first);
+  void list_choices(size_t first);
+  void list_sums(size_t first);
   float missing_factor(size_t first, bool& zero) const;
   const u8* row_at(i32 dst, i32 row) const;
   bool has_room_for(const InStream& stream) const;
@@ -55,7 +52,8 @@ class Reduction {
   const size_t num_topk_;
   size_t next_token_ = 0;
   i64 num_lost_ = 0;
-  std::vector<float> sum_;
+  std::vector<const u8*> rows_;
+  std::vector<float> weights_;
 };
 
 Status Reduction::run() {
@@ -197,19 +195,16 @@ i64 Reduction::set_codes(size_t token) {
 
 void Reduction::sum_token(size_t token) {
   const size_t first = token * num_topk_;
-  const auto hidden_bytes = static_cast<u64>(c_.shape.hidden_bytes);
-  memset(sum_.data(), 0, sizeof(float) * sum_.size());
+  rows_.clear();
+  weights_.clear();
   if (c_.shape.reduce_at_expert)
-    sum_ranks(first);
+    list_sums(first);
   else
-    sum_choices(first);
+    list_choices(first);
   bool zero = false;
   const float factor = c_.renormalize ? missing_factor(first, zero) : 1.0f;
-  if (zero)
-    memset(sum_.data(), 0, sizeof(float) * sum_.size());
-  else if (factor != 1.0f)
-    scale_row(sum_.data(), factor, c_.hidden());
-  store_row(c_.dtype, args_->out + hidden_bytes * token, sum_.data(), c_.hidden());
+  weighted_sum(c_.dtype, args_->out + static_cast<u64>(c_.shape.hidden_bytes) * token, rows_.data(), weights_.data(),
+               static_cast<i32>(rows_.size()), c_.hidden(), factor, zero);
 }
 
 const u8* Reduction::row_at(i32 dst, i32 row) const {
@@ -219,19 +214,21 @@ const u8* Reduction::row_at(i32 dst, i32 row) const {
          c_.at.combine_stride * static_cast<u64>(slot);
 }
 
-void Reduction::sum_choices(size_t first) {
+void Reduction::list_choices(size_t first) {
   for (size_t i = first; i < first + num_topk_; ++i) {
     if (args_->codes[i] != static_cast<u8>(Outcome::delivered)) continue;
-    add_scaled_row(c_.dtype, sum_.data(), row_at(open_.dst_rank[i], open_.combine_row[i]), open_.topk_weights[i],
-                   c_.hidden());
+    rows_.push_back(row_at(open_.dst_rank[i], open_.combine_row[i]));
+    weights_.push_back(c_.weights_at_expert ? 1.0f : open_.topk_weights[i]);
   }
 }
 
-void Reduction::sum_ranks(size_t first) {
+// One row a rank, by ascending rank.
+void Reduction::list_sums(size_t first) {
   for (i32 dst = 0; dst < n_; ++dst) {
     for (size_t i = first; i < first + num_topk_; ++i) {
       if (open_.dst_rank[i] != dst || args_->codes[i] != static_cast<u8>(Outcome::delivered)) continue;
-      add_scaled_row(c_.dtype, sum_.data(), row_at(dst, open_.combine_row[i]), 1.0f, c_.hidden());
+      rows_.push_back(row_at(dst, open_.combine_row[i]));
+      weights_.push_back(1.0f);
       break;
     }
   }

@@ -37,6 +37,7 @@ EndpointConfig config_of(i32 rank) {
   config.shape.num_max_tokens = config.shape.num_chunk_tokens = kNumMaxTokens;
   config.shape.max_local_experts = config.num_local_experts = kNumExperts / kNumRanks;
   config.shape.hidden_bytes = config.shape.dispatch_bytes = kHidden * static_cast<i32>(sizeof(float));
+  config.format.payload_bytes = static_cast<u64>(config.shape.dispatch_bytes);
   config.rank = rank;
   config.dtype = DType::float32;
   config.silence_ms =
@@ -125,7 +126,8 @@ void run_rounds(Endpoint& endpoint, i32 rank) {
     sent.topk_weights = batch.weights.data();
     sent.num_tokens = batch.num_tokens;
     DispatchResult got = endpoint.dispatch_send(sent);
-    const ReceiveArgs received{got.round, reinterpret_cast<u8*>(recv.data()), counts.data(), offsets.data()};
+    const ReceiveArgs received{got.round,     reinterpret_cast<u8*>(recv.data()), nullptr, nullptr, counts.data(),
+                               offsets.data()};
     if (got.status == Status::ok) got = endpoint.dispatch_receive(received);
 
     u8 lost = 0;
