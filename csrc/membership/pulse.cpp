@@ -61,6 +61,7 @@ Pulse::Pulse(std::vector<ControlPage*> pages, RankState& state, const PulseOptio
 Pulse::~Pulse() { leave(); }
 
 void Pulse::start() {
+  if (!kWatched) return;
   thread_ = std::thread([this] { run(); });
 }
 
@@ -279,6 +280,9 @@ void Pulse::rest(i64 now) {
 
 std::optional<Decision> Pulse::next_proposal(i64 timeout_ns) {
   std::unique_lock<std::mutex> lock(mutex_);
+  // Without a pulse nothing is ever proposed, and a caller that asks again and again would be a helper thread after
+  // all.
+  if (!kWatched) timeout_ns = 3600 * 1000 * kNsPerMs;
   if (!proposal_) changed_.wait_for(lock, std::chrono::nanoseconds(timeout_ns));
   std::optional<Decision> out;
   out.swap(proposal_);

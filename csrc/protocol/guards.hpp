@@ -46,8 +46,23 @@ enum Guard : u32 {
 #if defined(FA2A_TEST_HOOKS) && FA2A_TEST_HOOKS
 extern u64 guards_off;  // one bit a guard; lives in csrc/host/hooks.cpp
 FA2A_HD bool guarded(Guard guard) { return (guards_off >> guard & 1ull) == 0; }
+#elif defined(FA2A_BENCH_UNCHECKED) && FA2A_BENCH_UNCHECKED
+// What benchmarks/price.py compares with, in no wheel: only what a round in which nothing goes wrong cannot do without.
+// An old word must still be told from a new one, a full slot from a free one within a stream, and a round that took a
+// second view would do more, not less.
+FA2A_HD constexpr bool guarded(Guard guard) {
+  return guard == guard_round_compare || guard == guard_chunk_compare || guard == guard_chunk_consent ||
+         guard == guard_view_once;
+}
 #else
 FA2A_HD constexpr bool guarded(Guard) { return true; }
+#endif
+
+// Whether peers and the host thread watch this rank. The unchecked core has no pulse, so nobody reads what is shown.
+#if defined(FA2A_BENCH_UNCHECKED) && FA2A_BENCH_UNCHECKED
+constexpr bool kWatched = false;
+#else
+constexpr bool kWatched = true;
 #endif
 
 }  // namespace fa2a
