@@ -14,18 +14,13 @@ from fault_a2a import ops
 from fault_a2a._core import core
 from fault_a2a.checks import check_expert_rows, check_kind, check_kinds, check_scales, check_tensor, check_tokens
 from fault_a2a.config import MAX_MS, MIN_BEATS_PER_SILENCE, Config
-from fault_a2a.core_fields import core_fields
+from fault_a2a.core_fields import core_fields, phases
 from fault_a2a.errors import ClosedError, ConstructError, FaultA2AError, QuorumLostError, RankEvictedError
 from fault_a2a.group import Group, as_group, forget_names, host_of_this_process
 from fault_a2a.lent_memory import LentMemory
 from fault_a2a.membership import Evidence, MembershipThread, StoreArbiter, View
 from fault_a2a.placement import as_whole_number
-from fault_a2a.rounds import Handle, Outcome, Received, RecvHook
-
-
-def phases() -> list[str]:
-    """The named points inside a round at which the test build can make a fault happen, in order."""
-    return list(core.phases())
+from fault_a2a.rounds import Handle, Outcome, Received, RecvHook, SourceStats
 
 
 class Buffer:
@@ -425,6 +420,11 @@ class Buffer:
     def evidence(self) -> list[Evidence]:
         """What this rank found against peers, in order."""
         return [Evidence(rank, kind, at_ns) for rank, kind, at_ns in self.core.evidence()]
+
+    def source_stats(self) -> list[SourceStats]:
+        """One line a rank. Does not block; cheap enough to read once a second."""
+        lines = enumerate(self.core.source_stats())
+        return [SourceStats(rank, *(ns / 1000 for ns in line[:3]), *line[3:]) for rank, line in lines]
 
     def on_view_change(self, callback: Callable[[View], None]) -> None:
         """Calls ``callback(view)`` on a thread of the buffer after each new view."""

@@ -52,3 +52,8 @@ def window_bytes(config: Config, num_ranks: int) -> int:
     """Bytes that one rank exports, spare partitions and its control page included, ``recv.x`` not."""
     layout = core.window_layout(window_fields(config, num_ranks))
     return int(layout["window_bytes"] + layout["control_page_bytes"])
+
+
+def phases() -> list[str]:
+    """The named points inside a round at which the test build can make a fault happen, in order."""
+    return list(core.phases())

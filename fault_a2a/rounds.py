@@ -57,6 +57,29 @@ class Handle:
         return torch.tensor(rows, dtype=torch.int32).reshape(-1, 5)
 
 
+@dataclass(frozen=True)
+class SourceStats:
+    """What one peer has cost this rank since construction. Counters that only grow; look at differences.
+
+    Attributes:
+        rank: the peer; this rank itself has a line too.
+        wait_us: time in which this rank did nothing but wait for it.
+        late_us: time in which a word of it was missing while this rank was ready to read it, whoever else was late. The
+            straggler of a group is the one with the largest.
+        max_late_us: the longest such time.
+        num_rows, num_bytes: rows that came from it, dispatched to this rank's experts or returned to its tokens.
+        num_failures: dispatches and answers that were not taken whole: declined, refused or given up.
+    """
+
+    rank: int
+    wait_us: float
+    late_us: float
+    max_late_us: float
+    num_rows: int
+    num_bytes: int
+    num_failures: int
+
+
 class RecvHook:
     """The receiving half of a ``dispatch`` or ``combine``: call it once, before what it fills is read.
 

@@ -15,8 +15,9 @@ import pytest
 import torch
 
 from fault_a2a import reference
-from fault_a2a.buffer import Buffer, phases
+from fault_a2a.buffer import Buffer
 from fault_a2a.config import Config
+from fault_a2a.core_fields import phases
 from fault_a2a.errors import ClosedError
 from fault_a2a.rounds import Handle, Outcome, Received
 from fault_a2a.testing.virtual import VirtualRanks

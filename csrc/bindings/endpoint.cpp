@@ -100,6 +100,7 @@ void Endpoint::open_peers() {
   context_.wire = wire_.get();
   context_.next_round = config_.first_round;
   context_.stalls.assign(static_cast<size_t>(config_.shape.num_ranks), StallWatch());
+  context_.sources.assign(static_cast<size_t>(config_.shape.num_ranks), SourceStats());
 
   PulseOptions options;
   options.agreement.rank = config_.rank;

@@ -228,6 +228,15 @@ py::dict stats(Endpoint& endpoint) {
   return out;
 }
 
+// One line a rank: wait_ns, late_ns, max_late_ns, num_rows, num_bytes, num_failures.
+std::vector<std::array<u64, 6>> source_stats(Endpoint& endpoint) {
+  std::vector<std::array<u64, 6>> out;
+  for (const SourceStats& one : endpoint.context().sources)
+    out.push_back({load_relaxed(&one.wait_ns), load_relaxed(&one.late_ns), load_relaxed(&one.max_late_ns),
+                   load_relaxed(&one.num_rows), load_relaxed(&one.num_bytes), load_relaxed(&one.num_failures)});
+  return out;
+}
+
 void bind_endpoint(py::module_& m) {
   py::class_<LocalGroup, std::shared_ptr<LocalGroup>>(m, "LocalGroup").def(py::init([](const py::dict& shape) {
     return std::make_shared<LocalGroup>(shape_of(shape));
@@ -248,6 +257,7 @@ void bind_endpoint(py::module_& m) {
       .def("abandon", &call_abandon)
       .def("sources", &sources)
       .def("stats", &stats)
+      .def("source_stats", &source_stats)
       .def("open_tokens", &Endpoint::open_tokens)
       .def("close", &Endpoint::close, py::call_guard<py::gil_scoped_release>())
       .def("crashed", &Endpoint::crashed)

@@ -111,6 +111,18 @@ struct Stats {
   u64 num_rechecks = 0;  // sources withdrawn because their word changed while they were copied
 };
 
+// What one peer has cost this rank so far: counters that only grow, read by other threads at any time.
+struct SourceStats {
+  u64 wait_ns = 0;       // this rank did nothing but wait for it
+  u64 late_ns = 0;       // its word was missing while this rank was ready for it; others' may have been too
+  u64 max_late_ns = 0;   // the longest such time
+  u64 num_rows = 0;      // that came from it: dispatch rows and combine rows
+  u64 num_bytes = 0;     // of these
+  u64 num_failures = 0;  // dispatches and answers of it that were not taken whole
+};
+
+inline void add_to(u64& counter, u64 amount) { store_relaxed(&counter, load_relaxed(&counter) + amount); }
+
 // What a waiting rank has last seen of a peer's progress, and when it changed.
 struct StallWatch {
   u64 progress = 0;
@@ -136,7 +148,8 @@ struct Context {
   Wire* wire = nullptr;
   OpenRound rounds[kNumParities];
   Stats stats;
-  std::vector<StallWatch> stalls;  // per rank
+  std::vector<StallWatch> stalls;    // per rank
+  std::vector<SourceStats> sources;  // per rank
   u64 progress_tick = 0;
   u64 next_round = 0;  // only a round that opened moves it on: rounds are caught up, never jumped
 

@@ -251,6 +251,10 @@ void Expansion::move_rows(i32 to, i32 from, i32 num_rows) {
 void Expansion::end_source(i32 src, bool whole) {
   InStream& stream = in(src);
   stream.stage = whole ? InStream::Stage::whole : InStream::Stage::out;
+  SourceStats& stats = c_.sources[static_cast<size_t>(src)];
+  add_to(stats.num_rows, static_cast<u64>(stream.num_rows));
+  add_to(stats.num_bytes, static_cast<u64>(stream.num_rows) * static_cast<u64>(c_.shape.dispatch_bytes));
+  if (!whole) add_to(stats.num_failures, 1);
   if (whole)
     open_.taken.add(src);
   else

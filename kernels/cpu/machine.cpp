@@ -39,6 +39,16 @@ void CpuMachine::expect(i32 peer) {
   c_.stalls[static_cast<size_t>(peer)].since_ns = now;
 }
 
+void CpuMachine::expect_no_more(i32 peer) {
+  const u64 since = load_relaxed(&c_.state->waiting_since_ns[peer]);
+  if (since == 0) return;
+  store_relaxed(&c_.state->waiting_since_ns[peer], 0);
+  SourceStats& stats = c_.sources[static_cast<size_t>(peer)];
+  const u64 late_ns = static_cast<u64>(now_ns()) - since;
+  add_to(stats.late_ns, late_ns);
+  if (late_ns > load_relaxed(&stats.max_late_ns)) store_relaxed(&stats.max_late_ns, late_ns);
+}
+
 void CpuMachine::expect_nobody() {
   for (i32 peer = 0; peer < c_.shape.num_ranks; ++peer) expect_no_more(peer);
 }
@@ -55,6 +65,7 @@ void CpuMachine::begin(i32 peer) {
   num_spins_ = 0;
   if (peer == kNobody) return;
   if (load_relaxed(&c_.state->waiting_since_ns[peer]) == 0) expect(peer);
+  begun_ns_ = now_ns();
   store_relaxed(&c_.state->waiting_peer, static_cast<u64>(peer) + 1);
 }
 
@@ -63,6 +74,7 @@ void CpuMachine::end(i32 peer) {
   if (peer == kNobody) return;
   store_relaxed(&c_.state->waiting_peer, 0);
   expect_no_more(peer);
+  add_to(c_.sources[static_cast<size_t>(peer)].wait_ns, static_cast<u64>(now_ns() - begun_ns_));
 }
 
 void CpuMachine::rest(i32 peer) {

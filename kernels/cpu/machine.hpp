@@ -28,7 +28,7 @@ class CpuMachine {
     else
       expect_no_more(peer);
   }
-  void expect_no_more(i32 peer) { store_relaxed(&c_.state->waiting_since_ns[peer], 0); }
+  void expect_no_more(i32 peer);
   void expect_nobody();
   // Which word of the peer that is waited for is looked at; for the watcher of lost links.
   void look_for(WordKind kind, i32 chunk) {
@@ -56,6 +56,7 @@ class CpuMachine {
   u32 heard_ = 0;
   i64 last_rest_ns_ = 0;
   i64 last_tick_ns_ = 0;
+  i64 begun_ns_ = 0;  // the wait for one peer
 };
 
 }  // namespace fa2a

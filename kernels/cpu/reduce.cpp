@@ -106,6 +106,10 @@ bool Reduction::hear(i32 dst) {
 
 void Reduction::end(i32 dst, InStream::Stage stage) {
   in(dst).stage = stage;
+  SourceStats& stats = c_.sources[static_cast<size_t>(dst)];
+  add_to(stats.num_rows, static_cast<u64>(in(dst).num_rows));
+  add_to(stats.num_bytes, static_cast<u64>(in(dst).num_rows) * static_cast<u64>(c_.shape.hidden_bytes));
+  if (stage == InStream::Stage::out) add_to(stats.num_failures, 1);
   if (stage == InStream::Stage::out) refuse(c_, open_, Verb::combine, dst, in(dst).next_chunk);
 }
 
