@@ -36,7 +36,7 @@ CHECKED, UNCHECKED, CONTROL = "checked", "unchecked", "control"
 CORES = {CHECKED: "", UNCHECKED: "unchecked", CONTROL: ""}
 MODULES = {CHECKED: "_C", UNCHECKED: "_C_unchecked"}
 LIMIT_PERCENT = 2.0
-NUM_COUNTED_ROUNDS = 20
+NUM_COUNTED_ROUNDS = 10
 RECORD = ROOT / "benchmarks" / "results" / "price.jsonl"
 
 
@@ -125,16 +125,10 @@ def percent_above(ours: Sequence[float], others: Sequence[float], seed: int) -> 
 
 def _instructions(shape: Shape) -> dict[str, Any]:
     try:
-        found = {core: round(count(shape, _built(name), NUM_COUNTED_ROUNDS)) for core, name in MODULES.items()}
+        found = {name: round(count(shape, CORES[name], NUM_COUNTED_ROUNDS)) for name in MODULES}
     except RuntimeError as error:
         return {"failure": str(error)}
     return {**found, "percent_above": round(100 * (found[CHECKED] / found[UNCHECKED] - 1), 3)}
-
-
-def _built(name: str) -> Path:
-    path = module_file(name)
-    assert path is not None, "parse has looked"
-    return path
 
 
 def as_text(record: dict[str, Any]) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-DTYPES = {"bf16": torch.bfloat16, "f32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 # A stale answer of the round before would pass for a right one if all rounds had the same tokens.
 NUM_BATCHES = 2
 

@@ -48,11 +48,11 @@ extern u64 guards_off;  // one bit a guard; lives in csrc/host/hooks.cpp
 FA2A_HD bool guarded(Guard guard) { return (guards_off >> guard & 1ull) == 0; }
 #elif defined(FA2A_BENCH_UNCHECKED) && FA2A_BENCH_UNCHECKED
 // What benchmarks/price.py compares with, in no wheel: only what a round in which nothing goes wrong cannot do without.
-// An old word must still be told from a new one, a full slot from a free one within a stream, and a round that took a
-// second view would do more, not less.
+// An old word must still be told from a new one, a full slot from a free one within a stream, rows must be there before
+// their signal, and a round that took a second view would do more, not less.
 FA2A_HD constexpr bool guarded(Guard guard) {
   return guard == guard_round_compare || guard == guard_chunk_compare || guard == guard_chunk_consent ||
-         guard == guard_view_once;
+         guard == guard_copy_fence || guard == guard_view_once;
 }
 #else
 FA2A_HD constexpr bool guarded(Guard) { return true; }
