@@ -14,6 +14,7 @@ from fault_a2a.rounds import NUM_LANES, Handle, Received
 from fault_a2a.testing.virtual import VirtualRanks
 from tests.rig import Checker, Tally, Work, raised, suspicions_of
 from tests.scenarios import corrupt, lost_between_live, one_view_per_round, small
+from tests.test_conformance import FORMATS, config_of, name_of
 
 
 class HookedChecker(Checker):
@@ -87,6 +88,15 @@ def test_two_micro_batches_with_a_death_in_one(phase: str, lane: int) -> None:
     alive = [tally for tally in tallies if tally.rank != 2]
     assert any(tally.lost_by_round[3] + tally.lost_by_round[4] for tally in alive)
     assert all(tally.unroutable_by_round[7] for tally in alive)
+
+
+@pytest.mark.parametrize("formats", FORMATS, ids=name_of)
+def test_two_micro_batches_in_every_format(formats: tuple) -> None:
+    """Hooks, lanes, chunks or none, and a death in every other one."""
+    number = FORMATS.index(formats)
+    config = config_of(formats, num_max_tokens_per_rank=12, num_chunk_tokens=(12, 5)[number // 2 % 2])
+    phase = PHASES_OF_A_DEATH[number % len(PHASES_OF_A_DEATH)]
+    micro_batches(config, 4, deaths=((number % 4, phase, 3 + number % 3),) if number % 2 else (), num_steps=3)
 
 
 @pytest.mark.parametrize("phase", ["dispatch.chunk", "dispatch.chunk_taken", "combine.chunk"])

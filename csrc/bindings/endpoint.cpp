@@ -51,6 +51,20 @@ void Endpoint::create() {
   store_release(&page.magic, kControlMagic);
 }
 
+// What an earlier round could have left behind: whole-looking signals, of an epoch before, with as many rows as fit.
+void Endpoint::leave_stale_signals(u8* partition) const {
+  const PartitionLayout at = partition_layout(config_.shape);
+  for (u32 verb = 0; verb < kNumVerbs; ++verb) {
+    for (u32 parity = 0; parity < kNumParities; ++parity) {
+      Signal stale = unpack(fresh_word(config_.first_round, parity));
+      stale.declined = false;
+      stale.epoch = config_.first_epoch - 1;
+      stale.count = static_cast<u64>(verb == 0 ? at.num_dispatch_rows : at.num_combine_rows);
+      for (u64 offset : at.signal[verb][parity]) store_release(Context::word(partition, offset), pack(stale));
+    }
+  }
+}
+
 Decision Endpoint::first_decision() const {
   Decision first;
   first.view.epoch = config_.first_epoch;
@@ -76,6 +90,7 @@ void Endpoint::open_peers() {
   for (i32 writer = 0; writer < num_partitions(config_.shape); ++writer) {
     const u64 incarnation = writer < config_.shape.num_ranks ? first.view.incarnations[writer] : 0;
     prepare_partition(fabric_->inbound(writer), config_.shape, config_.rank, writer, incarnation, config_.first_round);
+    if (config_.poison) leave_stale_signals(fabric_->inbound(writer));
   }
   state_->started = config_.first_round;
   state_->ring.views[0] = first.view;

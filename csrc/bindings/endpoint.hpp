@@ -26,7 +26,7 @@ struct EndpointConfig {
   i64 beat_ms = 10, silence_ms = 2000, stall_ms = 30000, link_ms = 5000, settle_ms = 50, agreement_timeout_ms = 10000;
   u64 first_round = 0;  // tests start just before a field's end
   u64 first_epoch = 0;
-  bool poison = false;  // fill fresh partitions with NaN
+  bool poison = false;  // fill fresh partitions with NaN, and their signal words with stale signals
 };
 
 class Endpoint {
@@ -62,6 +62,7 @@ class Endpoint {
   template <class Result, class Call>
   Result call(Call work);
   Decision first_decision() const;
+  void leave_stale_signals(u8* partition) const;
   void crash();
   void update_tick();
 
