@@ -35,6 +35,7 @@ DRILLS = {
         *("--kill", "1@10", "--recv-format", "packed", "--reduce", "expert"),
         *("--on-lost", "renormalize", "--dtype", "fp32"),
     ],
+    "streams": ["--tokens", "24", "--chunk-tokens", "4", "--kill", "1@10:dispatch.chunk_taken", "--dtype", "fp16"],
     "no tokens": ["--tokens", "0", "--kill", "1@10"],
     "slow experts": ["--kill", "1@3", "--steps", "6", "--compute-us", "0-60000", "--silence-ms", "100"],
 }

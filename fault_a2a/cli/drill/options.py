@@ -17,7 +17,14 @@ if TYPE_CHECKING:
 
 # The environment variable that picks the native core; it is read once, when the core is first imported.
 CORE_VARIABLE = "FAULT_A2A_CORE"
-DTYPES = {"bf16": "bfloat16", "bfloat16": "bfloat16", "fp32": "float32", "float32": "float32"}
+DTYPES = {
+    "bf16": "bfloat16",
+    "bfloat16": "bfloat16",
+    "fp32": "float32",
+    "float32": "float32",
+    "fp16": "float16",
+    "float16": "float16",
+}
 _COMPUTE = re.compile(r"(?P<least>\d+)(-(?P<most>\d+))?", re.ASCII)
 _LATER = {
     "repair": "repairing a step from replicas",
@@ -45,6 +52,7 @@ class Drill:
     hidden: int = 1024
     experts: int = 32
     topk: int = 4
+    chunk_tokens: int | None = None
     dtype: str = "bfloat16"
     recv_format: str = "batched"
     reduce: str = "owner"
@@ -72,6 +80,7 @@ class Drill:
             hidden=self.hidden,
             num_topk=self.topk,
             num_max_tokens_per_rank=max(self.tokens, 1),
+            num_chunk_tokens=self.chunk_tokens,
             dtype=getattr(torch, self.dtype),
             recv_format=self.recv_format,
             reduce=self.reduce,
@@ -124,6 +133,9 @@ def add_arguments(parser: LateHelpParser) -> None:
         size.add_argument(
             f"--{name}", type=int, default=getattr(Drill, name), metavar="N", help=f"{text} (%(default)s)"
         )
+    size.add_argument(
+        "--chunk-tokens", type=int, metavar="N", help="batches of more tokens travel as streams of chunks of N"
+    )
     size.add_argument("--dtype", choices=sorted(DTYPES), default="bf16", help="of the rows (%(default)s)")
     size.add_argument("--backend", default="cpu", help="who runs the kernels; only cpu in this release (%(default)s)")
     size.add_argument("--text", metavar="FILE", help="where the tokens come from (the project's README)")
@@ -180,7 +192,8 @@ def read_drill(args: argparse.Namespace) -> Drill:
 
 
 _PLAIN = (
-    *("ranks", "steps", "tokens", "hidden", "experts", "topk", "recv_format", "reduce", "on_lost", "seed", "text"),
+    *("ranks", "steps", "tokens", "hidden", "experts", "topk", "chunk_tokens"),
+    *("recv_format", "reduce", "on_lost", "seed", "text"),
     *_TIMEOUTS,
 )
 
