@@ -18,7 +18,7 @@ from fault_a2a.config import MAX_MS, MIN_BEATS_PER_SILENCE, Config
 from fault_a2a.errors import ClosedError, ConstructError, FaultA2AError, QuorumLostError, RankEvictedError
 from fault_a2a.group import Group, as_group, forget_names, host_of_this_process
 from fault_a2a.lent_memory import LentMemory
-from fault_a2a.membership import Evidence, MembershipThread, StoreArbiter, View
+from fault_a2a.membership import Evidence, MembershipThread, View, arbiter_for
 from fault_a2a.placement import as_whole_number
 
 _INDEX_DTYPES = (torch.int64, torch.int32)
@@ -166,7 +166,7 @@ class Buffer:
             self.group.meet("opened", deadline)
             self.id = ops.register(self)
             self._memory = LentMemory(self.recv_shape, self.config.dtype)
-            self._membership = MembershipThread(self.core, StoreArbiter(self.group))
+            self._membership = MembershipThread(self.core, arbiter_for(self.config, self.group))
             self._warm_up()
             self.group.meet("warm", deadline, trouble=self._who_gave_up)
         except FaultA2AError:
@@ -461,6 +461,7 @@ def core_fields(config: Config, num_ranks: int, rank: int) -> dict[str, Any]:
         "expert_rank": list(placement.expert_rank),
         "expert_local": list(placement.expert_local),
         "num_local_experts": placement.num_local_experts(rank),
+        "agree_by_windows": config.agreement == "windows",
         **{name: getattr(config, name) for name in _TIMEOUTS},
     }
 

@@ -13,6 +13,7 @@ from fault_a2a.placement import MAX_NUM_EXPERTS, Placement, as_whole_number
 RECV_FORMATS = ("batched", "packed")
 REDUCES = ("owner", "expert")
 ON_LOST = ("drop", "renormalize")
+AGREEMENTS = ("windows", "store")
 DTYPES = (torch.bfloat16, torch.float32)
 
 MIN_HIDDEN, MAX_HIDDEN, HIDDEN_MULTIPLE = 8, 16384, 8
@@ -41,7 +42,7 @@ _WHOLE_NUMBERS = {
 }
 # How long each rank is ready to wait for the others is its own business.
 _MAY_DIFFER = ("construct_timeout_ms",)
-_CHOICES = {"recv_format": RECV_FORMATS, "reduce": REDUCES, "on_lost": ON_LOST}
+_CHOICES = {"recv_format": RECV_FORMATS, "reduce": REDUCES, "on_lost": ON_LOST, "agreement": AGREEMENTS}
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,9 @@ class Config:
         settle_ms: how long an accusation other than a process exit waits for others to join it, 0 or more.
         construct_timeout_ms: how long ``Buffer(...)`` waits for the group to come together.
         agreement_timeout_ms: how long a rank waits for its peers to agree on a view before it suspends itself.
+        agreement: who decides between proposals for a view. ``"windows"``: the members, over their shared memory,
+            without a leader or a store; ``"store"``: the group's store, by ``compare_set``; while that is gone, views
+            cannot change.
         num_spare_partitions: landing room on each rank, per host, kept for ranks that come back, 0 to 64.
 
     Raises:
@@ -95,6 +99,7 @@ class Config:
     construct_timeout_ms: int = 60000
     agreement_timeout_ms: int = 10000
     num_spare_partitions: int = 1
+    agreement: str = "windows"
 
     def __post_init__(self) -> None:
         for name, (least, most) in _WHOLE_NUMBERS.items():
