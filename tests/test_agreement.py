@@ -3,15 +3,31 @@
 import pytest
 
 from tests import agreement_scenarios as scenarios
-from tests.ballots import explore
+from tests.ballots import WENT_WRONG, run
 
 
 def test_no_schedule_decides_two_views_and_none_is_stuck() -> None:
-    walked = explore()
+    walked = run("ballots")
     print(walked.stdout)
     assert walked.returncode == 0, walked.stdout
     assert walked.stdout.count("two views: never, stuck: never") == 2
     assert walked.stdout.count("rank 3 ends with 100, decided was 100") == 2  # the schedule of five members
+
+
+def test_groups_on_seeded_schedules_agree_and_go_on() -> None:
+    walked = run("agreement_schedules", "600")
+    print(walked.stdout)
+    assert walked.returncode == 0, walked.stdout
+
+
+@pytest.mark.parametrize(
+    ("guard", "first_seed", "what"),
+    [("all_promised", 1, "never promised"), ("frozen_records", 3620, "two views of one epoch")],
+)
+def test_seeded_schedules_find_what_a_guard_prevents(guard: str, first_seed: int, what: str) -> None:
+    walked = run("agreement_schedules", "50", str(first_seed), guard)
+    assert walked.returncode == WENT_WRONG, walked.stdout
+    assert what in walked.stdout
 
 
 def test_views_change_without_the_store() -> None:

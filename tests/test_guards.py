@@ -11,7 +11,7 @@ import torch
 
 from fault_a2a._core import core
 from tests import scenarios
-from tests.ballots import TWO_VIEWS, explore
+from tests.ballots import WENT_WRONG, run
 from tests.scenarios import Wrong, without
 
 torch.set_num_threads(1)
@@ -68,8 +68,8 @@ def test_scenario_is_red_without_the_guard(guard: str) -> None:
 
 @pytest.mark.parametrize("guard", EXPLORED)
 def test_two_views_are_decided_without(guard: str) -> None:
-    walked = explore("without", guard)
-    assert walked.returncode == TWO_VIEWS, walked.stdout + walked.stderr
+    walked = run("ballots", "without", guard)
+    assert walked.returncode == WENT_WRONG, walked.stdout + walked.stderr
 
 
 def lie_in_a_process(lie: str, guards_out: tuple[str, ...]) -> int:

@@ -19,6 +19,7 @@ Pulse::Pulse(std::vector<ControlPage*> pages, RankState& state, const PulseOptio
       copies_(pages_.size()),
       agreement_(options.agreement, first) {
   views_.push_back({first, now_ns()});
+  announced_epoch_ = first.view.epoch;
   publish(own().decision, first);
   if (!options_.between_processes) return;
   for (const ControlPage* page : pages_) watches_.emplace_back(static_cast<i32>(page->pid));
@@ -171,6 +172,7 @@ void Pulse::apply(AgreementStep& step, i64 now) {
     proposal_ = step.proposal;
     changed_.notify_all();
   }
+  if (step.decided || step.evicted) announce(step.decision);
   if (step.decided) install(step.decision, now);
   if (step.evicted) {
     __atomic_store_n(&own().life, static_cast<u32>(Life::evicted), __ATOMIC_SEQ_CST);
@@ -193,8 +195,6 @@ void Pulse::apply(AgreementStep& step, i64 now) {
 void Pulse::install(const Decision& decision, i64 now) {
   if (!ring_has_room(state_.ring, load_acquire(&state_.started))) return;
   install_view(state_, decision.view, proven_dead_);
-  publish(own().decision, decision);
-  poke_ = true;
   for (i32 rank = 0; rank < options_.agreement.num_ranks; ++rank)
     if (decision.view.active.has(rank) && !proven_dead_.has(rank)) marked_.remove(rank);
   agreement_.installed(decision);
@@ -206,6 +206,16 @@ void Pulse::install(const Decision& decision, i64 now) {
   views_.push_back({decision, now});
   ring_doorbell(own());
   changed_.notify_all();
+}
+
+// As soon as it is known, not when it is installed: this rank votes no more in the epoch that is closed, so others may
+// be unable to find the decision out for themselves. Also when it leaves this rank out, which may be the only one to
+// know.
+void Pulse::announce(const Decision& decision) {
+  if (announced_epoch_ == decision.view.epoch) return;
+  announced_epoch_ = decision.view.epoch;
+  publish(own().decision, decision);
+  poke_ = true;
 }
 
 void Pulse::publish_ballots(const AgreementStep& step) {

@@ -90,6 +90,7 @@ class Pulse {
   void agree(i64 now);
   void apply(AgreementStep& step, i64 now);
   void install(const Decision& decision, i64 now);
+  void announce(const Decision& decision);
   void publish_ballots(const AgreementStep& step);
   void read_page(i32 rank, MemberReport& report);
   void rest(i64 now);
@@ -117,7 +118,8 @@ class Pulse {
   RankSet awaited_promises_;
   i64 awaited_since_ns_ = 0;
   bool poke_ = false;
-  u32 heard_ = 0;  // the bell as it stood before this turn's look around
+  u64 announced_epoch_ = 0;  // of the decision on this rank's page
+  u32 heard_ = 0;            // the bell as it stood before this turn's look around
 
   mutable std::mutex mutex_;  // what callers and the thread share
   std::condition_variable changed_;

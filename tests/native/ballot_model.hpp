@@ -23,6 +23,7 @@ struct Rank {
   u64 decision = 0;  // 0: it knows of none
   // In its own memory.
   u64 dead = 0;
+  u64 asking = 0;      // it counts for `request`, which stays on the page when it no longer does
   Record own;          // what it will have published once `num_halves` is done
   u64 num_halves = 2;  // of the publication of `own`
   u64 num_begun = 0;   // ballots
@@ -48,7 +49,7 @@ enum class Kind : u32 { begin, serve, publish, read, advance, adopt, crash };
 struct Step {
   Kind kind;
   i32 rank;
-  i32 peer = -1;
+  i32 peer = 0;  // means nothing for steps without one
 };
 
 inline State first_state(const Bounds& bounds) {
@@ -64,7 +65,7 @@ inline State first_state(const Bounds& bounds) {
 
 inline const Record& visible(const Rank& rank) { return rank.page.copies[rank.page.version % 2]; }
 
-inline bool proposing(const Rank& rank) { return rank.request.phase != BallotPhase::none && rank.decision == 0; }
+inline bool proposing(const Rank& rank) { return rank.asking != 0; }
 
 // The fresh proposal of a rank, told apart from everybody else's.
 inline u64 own_value(i32 rank) { return 100 + static_cast<u64>(rank); }
@@ -92,7 +93,7 @@ inline void store(Rank& rank) {
 // A decision is on the page before the record moves on to the next epoch.
 inline void close_epoch(Rank& rank, u64 decision) {
   rank.decision = decision;
-  rank.request = Request();
+  rank.asking = 0;
   forget_reads(rank);
   rank.own.epoch = kEpoch + 1;
   rank.own.promised = rank.own.accepted_ballot = rank.own.accepted = 0;
@@ -155,6 +156,7 @@ inline u64 take(State& state, const Bounds& bounds, const Step& step) {
       r.request.epoch = kEpoch;
       r.request.ballot = next_ballot(r.own.promised > r.highest_seen ? r.own.promised : r.highest_seen, step.rank);
       r.request.phase = BallotPhase::prepare;
+      r.asking = 1;
       forget_reads(r);
       answer(r.own, r.request);
       store(r);
@@ -182,7 +184,7 @@ inline u64 take(State& state, const Bounds& bounds, const Step& step) {
         close_epoch(r, value);
         return value;
       } else {
-        r.request = Request();
+        r.asking = 0;
         r.highest_seen = tally.highest_promised;
         forget_reads(r);
       }

@@ -11,6 +11,7 @@
 #include <unordered_set>
 
 #include "tests/native/ballot_model.hpp"
+#include "tests/native/guard_names.hpp"
 
 using namespace fa2a;
 using namespace fa2a::model;
@@ -170,7 +171,7 @@ struct Script {
   Bounds bounds;
   bool possible = true;
 
-  void take_one(Kind kind, i32 rank, i32 peer = -1) {
+  void take_one(Kind kind, i32 rank, i32 peer = 0) {
     if (!can(state, bounds, {kind, rank, peer})) possible = false;
     if (possible) take(state, bounds, {kind, rank, peer});
     finish_stores(state, bounds, rank);
@@ -240,15 +241,7 @@ bool at_random(u64 num_schedules, u64 seed) {
 }
 
 int without(const std::string& name) {
-  const char* names[] = {
-#define FA2A_GUARD_TEXT(guard) #guard,
-      FA2A_GUARDS(FA2A_GUARD_TEXT)
-#undef FA2A_GUARD_TEXT
-  };
-  u32 guard = 0;
-  while (guard < num_guards && name != names[guard]) ++guard;
-  if (guard == num_guards) return fprintf(stderr, "no guard is called %s\n", name.c_str()), 2;
-  guards_off = 1ull << guard;
+  if (!take_out(name)) return fprintf(stderr, "no guard is called %s\n", name.c_str()), 2;
   Found found;
   for (const Bounds& bounds : {bounds_of(2, {1, 1}, 1), bounds_of(3, {1, 1, 1}, 1)})
     if (!found.two_views) walk(bounds, true, 1, found);
