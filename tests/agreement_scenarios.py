@@ -124,7 +124,11 @@ def _common(courses: dict[int, Course], most_s: float) -> Wrong:
 
 def some_stopped(num_ranks: int, stopped: Iterable[int], stopped_s: float = 2.5) -> Wrong:
     """Ranks are stopped at once and woken. With half of the group and its lowest rank, or more, the others go on and
-    the stopped are evicted; else the others suspend themselves, and all of them resume together."""
+    the stopped are evicted; else the others suspend themselves, and resume once enough of the stopped have woken.
+
+    They wake one after the other, so the first ones may be enough to go on without one that does not beat yet. Of the
+    others, who were well all the time, nobody may be lost.
+    """
     stopped = tuple(stopped)
     others = [rank for rank in range(num_ranks) if rank not in stopped]
     may_go_on = 2 * len(others) > num_ranks or (2 * len(others) == num_ranks and 0 in others)
@@ -151,14 +155,13 @@ def some_stopped(num_ranks: int, stopped: Iterable[int], stopped_s: float = 2.5)
         wrong.append(f"without {stopped}, stopped in rounds {stopped_at}, the others came to round {reached}")
     for rank, course in courses.items():
         error, active = course.report.tally.error, course.report.views[-1][0].active_ranks
-        if may_go_on and rank in stopped:
-            if not isinstance(error, RankEvictedError):
-                wrong.append(f"rank {rank}, woken, ended with {error!r}")
-            continue
-        if error is not None:
-            wrong.append(f"rank {rank} ended with {error!r}")
-        if active != (tuple(others) if may_go_on else tuple(range(num_ranks))):
-            wrong.append(f"rank {rank} ended with ranks {active}")
+        is_out = isinstance(error, RankEvictedError)
+        if is_out != (rank not in active) or (error is not None and not is_out):
+            wrong.append(f"rank {rank} ended with {error!r} and ranks {active}")
+        if not set(others) <= set(active) or (may_go_on and set(stopped) & set(active)):
+            wrong.append(f"rank {rank} ended with ranks {active}, and {stopped} were stopped")
+        if num_ranks == 2 and not may_go_on and len(active) != 2:
+            wrong.append("of two ranks the higher one cannot go on alone")
         if may_go_on or rank in stopped:
             continue
         if course.num_suspended == 0:
