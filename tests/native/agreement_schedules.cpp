@@ -14,6 +14,7 @@
 
 #include "membership/pulse.hpp"
 #include "tests/native/guard_names.hpp"
+#include "tests/native/sanitized.hpp"
 
 using namespace fa2a;
 
@@ -212,7 +213,7 @@ struct Group {
 }  // namespace
 
 int main(int num_arguments, char** arguments) {
-  const u64 num_schedules = num_arguments > 1 ? strtoull(arguments[1], nullptr, 10) : 150;
+  const u64 num_schedules = num_arguments > 1 ? strtoull(arguments[1], nullptr, 10) : kSanitized ? 20 : 150;
   const u64 first_seed = num_arguments > 2 ? strtoull(arguments[2], nullptr, 10) : 1;
   if (num_arguments > 3 && !take_out(arguments[3])) return fprintf(stderr, "no guard is called %s\n", arguments[3]), 2;
   u64 num_turns = 0, num_decided = 0, num_mid_turn = 0, num_suspended = 0, most_epochs = 0;
