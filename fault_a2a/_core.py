@@ -1,4 +1,7 @@
-"""The native core: the production build, or with FAULT_A2A_CORE=hooks the one with faults and switchable guards."""
+"""The native core: the production build, or with FAULT_A2A_CORE=hooks the one with faults and switchable guards.
+
+FAULT_A2A_CORE=unchecked is for ``benchmarks/price.py`` alone: it has no guards, and a dead peer hangs it for ever.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,8 @@ import importlib
 import os
 from typing import Any
 
-_NAMES = {"": "_C", "hooks": "_C_hooks"}
+_NAMES = {"": "_C", "hooks": "_C_hooks", "unchecked": "_C_unchecked"}
+_BUILDS = {"unchecked": "`CMAKE_ARGS=-DFA2A_BENCH_UNCHECKED=ON make build`, which builds it for the benchmark"}
 
 
 def _load() -> Any:
@@ -18,7 +22,7 @@ def _load() -> Any:
     except ImportError as error:
         raise ImportError(
             f"the native core fault_a2a.{_NAMES[wanted]} cannot be loaded ({error}). "
-            "Run `pip install .` in the source tree, or `make test`, which builds it in place"
+            f"Run {_BUILDS.get(wanted, '`pip install .` in the source tree, or `make test`, which builds it in place')}"
         ) from error
 
 

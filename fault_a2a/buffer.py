@@ -6,78 +6,21 @@ import json
 import time
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn, overload
 
 import torch
 
 from fault_a2a import ops
 from fault_a2a._core import core
-from fault_a2a.checks import check_kind, check_tensor
+from fault_a2a.checks import check_expert_rows, check_kind, check_kinds, check_scales, check_tensor, check_tokens
 from fault_a2a.config import MAX_MS, MIN_BEATS_PER_SILENCE, Config
+from fault_a2a.core_fields import core_fields, phases
 from fault_a2a.errors import ClosedError, ConstructError, FaultA2AError, QuorumLostError, RankEvictedError
 from fault_a2a.group import Group, as_group, forget_names, host_of_this_process
 from fault_a2a.lent_memory import LentMemory
 from fault_a2a.membership import Evidence, MembershipThread, View, arbiter_for
 from fault_a2a.placement import as_whole_number
-
-_INDEX_DTYPES = (torch.int64, torch.int32)
-
-
-def phases() -> list[str]:
-    """The named points inside a round at which the test build can make a fault happen, in order."""
-    return list(core.phases())
-
-
-@dataclass(frozen=True)
-class Received:
-    """What ``dispatch`` brought to this rank's experts. Valid until its combine is sent.
-
-    Attributes:
-        x: batched ``[num_local_experts, capacity, hidden]``, of which the first ``num_tokens[e]`` rows of expert ``e``
-            are written; packed ``[num_recv, hidden]``. Rows of an expert stand by source rank, then by token.
-        num_tokens: int32 ``[num_local_experts]``.
-        offsets: int32 ``[num_local_experts + 1]``: where each expert's rows begin in the packed format.
-    """
-
-    x: torch.Tensor
-    num_tokens: torch.Tensor
-    offsets: torch.Tensor
-
-
-@dataclass(frozen=True)
-class Handle:
-    """What ``combine`` needs of its ``dispatch``; good for one combine on the same buffer."""
-
-    tensor: torch.Tensor
-    topk_weights: torch.Tensor
-    buffer: Buffer
-
-    def sources(self) -> torch.Tensor:
-        """int32 ``[num_rows, 5]``, one line a received row: (row of ``recv.x`` seen as two-dimensional, local expert,
-        src_rank, token on src_rank, choice of that token). For checks; empty once the round is combined."""
-        _, round_number, _, _ = self.tensor.tolist()
-        rows = self.buffer.core.sources(round_number)
-        return torch.tensor(rows, dtype=torch.int32).reshape(-1, 5)
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of each (token, choice).
-
-    Attributes:
-        codes: uint8 ``[num_tokens, num_topk]``: 0 none (``topk_idx`` was -1), 1 delivered, 2 lost in this round,
-            3 unroutable (no active rank holds that expert).
-        lost: bool, zero-dimensional: any choice was lost. Lies on the device: reading it is up to the engine.
-    """
-
-    codes: torch.Tensor
-    lost: torch.Tensor
-
-    @property
-    def delivered(self) -> torch.Tensor:
-        """bool ``[num_tokens, num_topk]``."""
-        return self.codes == 1
+from fault_a2a.rounds import Handle, Outcome, Received, RecvHook, SourceStats
 
 
 class Buffer:
@@ -126,6 +69,16 @@ class Buffer:
         # A row has one place for each of its experts here.
         return [self.capacity * min(self.config.num_topk, self.num_local_experts), self.config.hidden]
 
+    @property
+    def scales_shape(self) -> list[int]:
+        """Of ``recv.scales`` as the operator returns it: nothing if rows have none."""
+        return [*self.recv_shape[:-1], self.config.num_scales] if self.config.num_scales else [0]
+
+    @property
+    def weights_shape(self) -> list[int]:
+        """Of ``recv.weights`` as the operator returns it: nothing if they are applied at the owner."""
+        return self.recv_shape[:-1] if self.config.weights_at == "expert" else [0]
+
     def _build_core(self, deadline: float) -> Any:
         self.group, lines = self.group.introduce(self._introduction(), deadline)
         config, group, introductions = self.config, self.group, [line.split(maxsplit=2) for line in lines]
@@ -165,7 +118,7 @@ class Buffer:
             self.core.open_peers()
             self.group.meet("opened", deadline)
             self.id = ops.register(self)
-            self._memory = LentMemory(self.recv_shape, self.config.dtype)
+            self._memory = LentMemory(self.recv_shape, self.config.recv_dtype)
             self._membership = MembershipThread(self.core, arbiter_for(self.config, self.group))
             self._warm_up()
             self.group.meet("warm", deadline, trouble=self._who_gave_up)
@@ -178,10 +131,11 @@ class Buffer:
     def _warm_up(self) -> None:
         """One empty round through the whole machine, in which only an exit can end a wait."""
         empty = torch.empty([0, self.config.num_topk])
-        received, handle = self.dispatch(
-            torch.empty([0, self.config.hidden], dtype=self.config.dtype), empty.long(), empty
-        )
-        self.combine(received.x, handle)
+        config = self.config
+        x = torch.empty([0, config.hidden], dtype=config.recv_dtype)
+        scales = torch.empty([0, config.num_scales], dtype=config.scale_dtype) if config.num_scales else None
+        received, handle = self.dispatch(x, empty.long(), empty, scales)
+        self.combine(torch.empty(received.x.shape, dtype=config.dtype), handle)
         if self._who_gave_up():
             raise ConstructError(self._who_gave_up())
 
@@ -196,32 +150,93 @@ class Buffer:
 
     # -- the two verbs -----------------------------------------------------------------------------------------------
 
-    def dispatch(self, x: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> tuple[Received, Handle]:
+    @overload
+    def dispatch(
+        self,
+        x: torch.Tensor,
+        topk_idx: torch.Tensor,
+        topk_weights: torch.Tensor,
+        scales: torch.Tensor | None = None,
+        *,
+        return_recv_hook: Literal[False] = False,
+    ) -> tuple[Received, Handle]: ...
+
+    @overload
+    def dispatch(
+        self,
+        x: torch.Tensor,
+        topk_idx: torch.Tensor,
+        topk_weights: torch.Tensor,
+        scales: torch.Tensor | None = None,
+        *,
+        return_recv_hook: Literal[True],
+    ) -> tuple[Received, Handle, RecvHook]: ...
+
+    def dispatch(
+        self,
+        x: torch.Tensor,
+        topk_idx: torch.Tensor,
+        topk_weights: torch.Tensor,
+        scales: torch.Tensor | None = None,
+        *,
+        return_recv_hook: bool = False,
+    ) -> tuple[Received, Handle] | tuple[Received, Handle, RecvHook]:
         """Sends each token to the ranks that hold its experts, and receives what others sent to mine.
 
         Every active rank calls it the same number of times, with 0 to ``num_max_tokens_per_rank`` tokens. Blocks until
         every active rank's rows are here or its loss is certain; dead peers raise nothing. Not collective in the sense
-        that a missing peer could hang it. At most two rounds may be open.
+        that a missing peer could hang it. At most two rounds may be open, one on each lane.
 
         Args:
-            x: ``[num_tokens, hidden]``, ``config.dtype``, contiguous, CPU.
+            x: ``[num_tokens, hidden]``, ``config.dtype``, contiguous, CPU; or quantised, in ``config.dispatch_dtype``.
             topk_idx: int64 or int32 ``[num_tokens, num_topk]``; -1 for no expert; no expert twice in a row.
             topk_weights: float32 ``[num_tokens, num_topk]``.
+            scales: of an ``x`` that comes quantised, ``[num_tokens, config.num_scales]``, ``config.scale_dtype``.
+            return_recv_hook: send only, and return a hook that receives, so that other work fits in between. Waits for
+                nobody then but at the gate, while a view is being changed. ``x`` must not change before the hook has
+                been called; in the packed format ``recv.x`` has its largest shape, of which ``offsets[-1]`` rows count.
 
         Raises:
             ValueError, TypeError: naming the argument, before anything is sent.
             RuntimeError: a third round would be open.
             RankEvictedError, QuorumLostError, ClosedError: this rank may not go on.
         """
-        check_kind("x", x)
-        check_kind("topk_idx", topk_idx)
-        check_kind("topk_weights", topk_weights)
-        recv_x, num_tokens, offsets, handle = torch.ops.fault_a2a.dispatch(x, topk_idx, topk_weights, self.id)
+        check_kinds(x=x, topk_idx=topk_idx, topk_weights=topk_weights)
+        if return_recv_hook:
+            return self._dispatch_send(x, topk_idx, topk_weights, scales)
+        recv_x, num_tokens, offsets, handle, recv_scales, recv_weights = torch.ops.fault_a2a.dispatch(
+            x, topk_idx, topk_weights, self.id, scales
+        )
         if self.config.recv_format == "packed" and not torch.compiler.is_compiling():
-            recv_x = recv_x[: int(handle[3])]
-        return Received(recv_x, num_tokens, offsets), Handle(handle, topk_weights, self)
+            num_received = int(handle[3])
+            recv_x, recv_scales, recv_weights = (t[:num_received] for t in (recv_x, recv_scales, recv_weights))
+        received = self._received(recv_x, recv_scales, recv_weights, num_tokens, offsets)
+        return received, Handle(handle, topk_weights, self)
 
-    def combine(self, y: torch.Tensor, handle: Handle) -> tuple[torch.Tensor, Outcome]:
+    def _received(
+        self,
+        x: torch.Tensor,
+        scales: torch.Tensor,
+        weights: torch.Tensor,
+        num_tokens: torch.Tensor,
+        offsets: torch.Tensor,
+    ) -> Received:
+        has_scales, has_weights = self.config.num_scales is not None, self.config.weights_at == "expert"
+        return Received(x, num_tokens, offsets, scales if has_scales else None, weights if has_weights else None)
+
+    @overload
+    def combine(
+        self, y: torch.Tensor, handle: Handle, *, return_recv_hook: Literal[False] = False
+    ) -> tuple[torch.Tensor, Outcome]: ...
+
+    @overload
+    def combine(
+        self, y: torch.Tensor, handle: Handle, *, return_recv_hook: Literal[True]
+    ) -> tuple[torch.Tensor, Outcome, RecvHook]: ...
+
+    def combine(
+        self, y: torch.Tensor, handle: Handle, *, return_recv_hook: bool = False
+    ) -> tuple[torch.Tensor, Outcome] | tuple[torch.Tensor, Outcome, RecvHook]:
         """Returns each expert row to its owner and sums what came back for my tokens.
 
         Blocks as ``dispatch`` does. Sums are float32, in the order of the choices, multiply and add rounded separately.
@@ -229,12 +244,16 @@ class Buffer:
         Args:
             y: the experts' output, same shape and dtype as ``recv.x``, contiguous.
             handle: of the dispatch; good once.
+            return_recv_hook: send only, and return a hook that sums. Waits for nobody then. ``y`` must not change
+                before the hook has been called, and the round stays open until it has been.
 
         Returns:
             ``out`` ``[num_tokens, hidden]`` and the ``Outcome``. ``out`` holds exactly the delivered choices.
         """
         _check_is_handle(handle)
         check_kind("y", y)
+        if return_recv_hook:
+            return self._combine_send(y, handle)
         out, codes, lost = torch.ops.fault_a2a.combine(y, handle.topk_weights, handle.tensor, self.id)
         return out, Outcome(codes, lost)
 
@@ -245,28 +264,37 @@ class Buffer:
         """
         _check_is_handle(handle)
         round_number, _ = self._check_handle(handle.tensor)
-        status, _ = self.core.combine(0, round_number, 0, 0, 0, True)
-        self._raise_for(status)
+        self._raise_for(self.core.abandon(round_number))
+
+    # Everything below speaks to the core in halves: what is sent, and what is received.
 
     def _dispatch(
-        self, x: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        self,
+        x: torch.Tensor,
+        topk_idx: torch.Tensor,
+        topk_weights: torch.Tensor,
+        scales: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, ...]:
+        received, handle, receive = self._dispatch_send(x, topk_idx, topk_weights, scales)
+        receive()
+        nothing = torch.empty([0], dtype=self.config.scale_dtype), torch.empty([0])
+        recv_scales = nothing[0] if received.scales is None else received.scales
+        recv_weights = nothing[1] if received.weights is None else received.weights
+        return received.x, received.num_tokens, received.offsets, handle.tensor, recv_scales, recv_weights
+
+    def _dispatch_send(
+        self, x: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor, scales: torch.Tensor | None
+    ) -> tuple[Received, Handle, RecvHook]:
         self._check_open()
-        self._check_tokens(x, topk_idx, topk_weights)
-        num_tokens = x.shape[0]
-        # Not one buffer for a parity: a compiler computes in place, and hands on what it was given.
-        recv_x = self._memory.lend()
-        counts = torch.empty([self.num_local_experts], dtype=torch.int32)
-        offsets = torch.empty([self.num_local_experts + 1], dtype=torch.int32)
-        status, round_number, num_received, token, choice, value = self.core.dispatch(
+        check_tokens(self.config, x, topk_idx, topk_weights)
+        check_scales(self.config, x, scales)
+        status, round_number, _, token, choice, value = self.core.dispatch_send(
             x.data_ptr(),
+            0 if scales is None else _address(scales),
             topk_idx.data_ptr(),
             topk_idx.dtype == torch.int64,
             topk_weights.data_ptr(),
-            num_tokens,
-            recv_x.data_ptr(),
-            counts.data_ptr(),
-            offsets.data_ptr(),
+            x.shape[0],
         )
         if status == "bad_expert":
             raise ValueError(
@@ -278,41 +306,52 @@ class Buffer:
                 f"topk_idx[{token}] names expert {value} twice; give each expert once, and -1 for the rest"
             )
         self._raise_for(status)
-        handle = torch.tensor([self.id, round_number, num_tokens, num_received], dtype=torch.int64)
-        return recv_x, counts, offsets, handle
+        # Not one buffer for a parity: a compiler computes in place, and hands on what it was given.
+        recv_x = self._memory.lend()
+        recv_scales = torch.empty(self.scales_shape, dtype=self.config.scale_dtype)
+        recv_weights = torch.empty(self.weights_shape)
+        num_tokens = torch.empty([self.num_local_experts], dtype=torch.int32)
+        offsets = torch.empty([self.num_local_experts + 1], dtype=torch.int32)
+        handle = torch.tensor([self.id, round_number, x.shape[0], 0], dtype=torch.int64)
+
+        received = self._received(recv_x, recv_scales, recv_weights, num_tokens, offsets)
+        filled = recv_x, received.scales, received.weights, num_tokens, offsets
+
+        def receive(read: tuple[torch.Tensor | None, ...] = (x, scales)) -> None:  # a stream reads these until it ends
+            pointers = [0 if tensor is None else _address(tensor) for tensor in filled]
+            status, _, num_received, *_ = self.core.dispatch_receive(round_number, *pointers)
+            self._raise_for(status)
+            handle[3] = num_received
+
+        return received, Handle(handle, topk_weights, self), RecvHook("dispatch", receive)
 
     def _combine(
         self, y: torch.Tensor, topk_weights: torch.Tensor, handle: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        out, outcome, receive = self._combine_send(y, Handle(handle, topk_weights, self))
+        receive()
+        return out, outcome.codes, outcome.lost
+
+    def _combine_send(self, y: torch.Tensor, handle: Handle) -> tuple[torch.Tensor, Outcome, RecvHook]:
         self._check_open()
-        round_number, num_tokens = self._check_handle(handle)
-        self._check_expert_rows(y, int(handle[3]))
+        round_number, num_tokens = self._check_handle(handle.tensor)
+        check_expert_rows(self.config, self.recv_shape, y, int(handle.tensor[3]))
+        self._raise_for(self.core.combine_send(y.data_ptr(), round_number))
         out = torch.empty([num_tokens, self.config.hidden], dtype=self.config.dtype)
         codes = torch.empty([num_tokens, self.config.num_topk], dtype=torch.uint8)
         lost = torch.empty([], dtype=torch.bool)
-        status, _ = self.core.combine(
-            y.data_ptr(), round_number, out.data_ptr(), codes.data_ptr(), lost.data_ptr(), False
-        )
-        self._raise_for(status)
-        return out, codes, lost
+
+        def receive(y: torch.Tensor = y) -> None:  # a stream reads y until it ends
+            status = self.core.combine_receive(round_number, out.data_ptr(), codes.data_ptr(), lost.data_ptr())
+            self._raise_for(status)
+
+        return out, Outcome(codes, lost), RecvHook("combine", receive)
 
     # -- checks: before anything is sent -----------------------------------------------------------------------------
 
     def _check_open(self) -> None:
         if self._closed:
             raise ClosedError("this buffer is closed.")
-
-    def _check_tokens(self, x: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> None:
-        config = self.config
-        check_tensor("x", x, (config.dtype,), [None, config.hidden])
-        if x.shape[0] > config.num_max_tokens_per_rank:
-            raise ValueError(
-                f"x has {x.shape[0]} tokens; give at most num_max_tokens_per_rank = {config.num_max_tokens_per_rank}, "
-                "or construct the Buffer with a larger one"
-            )
-        shape = [x.shape[0], config.num_topk]
-        check_tensor("topk_idx", topk_idx, _INDEX_DTYPES, shape)
-        check_tensor("topk_weights", topk_weights, (torch.float32,), shape)
 
     def _check_handle(self, handle: torch.Tensor) -> tuple[int, int]:
         """(round, num_tokens) of an open round of this buffer."""
@@ -331,14 +370,6 @@ class Buffer:
             )
         return round_number, num_tokens
 
-    def _check_expert_rows(self, y: torch.Tensor, num_received: int) -> None:
-        if self.config.recv_format == "batched":
-            check_tensor("y", y, (self.config.dtype,), self.recv_shape)
-            return
-        # Compiled callers hand back the whole of recv.x, others the received rows.
-        rows = y.shape[0] if y.dim() == 2 and y.shape[0] == self.recv_shape[0] else num_received
-        check_tensor("y", y, (self.config.dtype,), [rows, self.config.hidden])
-
     def _raise_for(self, status: str) -> None:
         if status != "ok":
             self._raise(status)
@@ -354,9 +385,13 @@ class Buffer:
             )
         if status == "closed":
             raise ClosedError("this buffer is closed.")
+        if status == "not_received":
+            raise RuntimeError("this handle's rows have not been received; call the hook that came with it first")
         if status == "third_round":
             raise RuntimeError("two rounds are open: combine or abandon the older handle before the next dispatch")
-        raise RuntimeError(f"handle does not name an open round of this buffer ({status}); call dispatch for a new one")
+        raise RuntimeError(
+            f"this handle's round is answered already ({status}); call the hook of its combine, or dispatch anew"
+        )
 
     # -- what this rank knows ----------------------------------------------------------------------------------------
 
@@ -385,6 +420,11 @@ class Buffer:
     def evidence(self) -> list[Evidence]:
         """What this rank found against peers, in order."""
         return [Evidence(rank, kind, at_ns) for rank, kind, at_ns in self.core.evidence()]
+
+    def source_stats(self) -> list[SourceStats]:
+        """One line a rank. Does not block; cheap enough to read once a second."""
+        lines = enumerate(self.core.source_stats())
+        return [SourceStats(rank, *(ns / 1000 for ns in line[:3]), *line[3:]) for rank, line in lines]
 
     def on_view_change(self, callback: Callable[[View], None]) -> None:
         """Calls ``callback(view)`` on a thread of the buffer after each new view."""
@@ -419,12 +459,15 @@ class Buffer:
 
     # -- the test build ----------------------------------------------------------------------------------------------
 
-    def arm(self, phase: str, round_number: int, action: str, value: int = 0) -> None:
-        """Test build: ``action`` (kill, stop, sleep_us, crash) when this rank reaches ``phase`` of ``round_number``."""
+    def arm(self, phase: str, round_number: int, action: str, value: int = 0, skip: int = 0) -> None:
+        """Test build: ``action`` (kill, stop, sleep_us, crash) when this rank reaches ``phase`` of ``round_number``.
+
+        ``skip``: how often it passes the phase first; a stream comes to some of them once a chunk.
+        """
         _need_hooks()
         if phase not in phases():
             raise ValueError(f"phase is {phase!r}; give one of {', '.join(phases())}")
-        self.core.arm(phases().index(phase), round_number, action, value)
+        self.core.arm(phases().index(phase), round_number, action, value, skip)
 
     def cut(self, rank: int) -> None:
         """Test build: from now on everything between this rank and ``rank`` is lost, on this side."""
@@ -444,46 +487,10 @@ def _need_hooks() -> None:
         raise RuntimeError("faults need the test build; set FAULT_A2A_CORE=hooks before importing fault_a2a")
 
 
+def _address(tensor: torch.Tensor) -> int:
+    return int(tensor.data_ptr())
+
+
 def _check_is_handle(handle: Any) -> None:
     if not isinstance(handle, Handle):
         raise TypeError(f"handle is a {type(handle).__name__}; give the handle that dispatch returned")
-
-
-def core_fields(config: Config, num_ranks: int, rank: int) -> dict[str, Any]:
-    """The native core's form of a config on one rank."""
-    placement = config.placement_for(num_ranks)
-    return {
-        **window_fields(config, num_ranks),
-        "rank": rank,
-        "float32": config.dtype == torch.float32,
-        "packed": config.recv_format == "packed",
-        "renormalize": config.on_lost == "renormalize",
-        "expert_rank": list(placement.expert_rank),
-        "expert_local": list(placement.expert_local),
-        "num_local_experts": placement.num_local_experts(rank),
-        "agree_by_windows": config.agreement == "windows",
-        **{name: getattr(config, name) for name in _TIMEOUTS},
-    }
-
-
-_TIMEOUTS = ("beat_ms", "silence_ms", "stall_ms", "link_ms", "settle_ms", "agreement_timeout_ms")
-
-
-def window_fields(config: Config, num_ranks: int) -> dict[str, int]:
-    """What the size of a window follows from (see docs/protocol.md)."""
-    return {
-        "num_ranks": num_ranks,
-        "num_experts": config.num_experts,
-        "num_topk": config.num_topk,
-        "num_max_tokens_per_rank": config.num_max_tokens_per_rank,
-        "max_local_experts": config.placement_for(num_ranks).max_local_experts,
-        "hidden_bytes": config.hidden_bytes,
-        "num_spare_partitions": config.num_spare_partitions,
-        "reduce_at_expert": int(config.reduce == "expert"),
-    }
-
-
-def window_bytes(config: Config, num_ranks: int) -> int:
-    """Bytes that one rank exports, spare partitions and its control page included, ``recv.x`` not."""
-    layout = core.window_layout(window_fields(config, num_ranks))
-    return int(layout["window_bytes"] + layout["control_page_bytes"])

@@ -7,6 +7,10 @@ from typing import Any
 
 import torch
 
+from fault_a2a.config import Config
+
+_INDEX_DTYPES = (torch.int64, torch.int32)
+
 
 def check_kind(name: str, tensor: Any) -> None:
     """What torch's dispatcher would answer in its own words, or, on "meta", with tensors that hold nothing."""
@@ -31,3 +35,42 @@ def check_tensor(name: str, tensor: Any, dtypes: tuple[torch.dtype, ...], shape:
         raise ValueError(f"{name} has shape {list(tensor.shape)}; give [{wanted}]")
     if not tensor.is_contiguous():
         raise ValueError(f"{name} is not contiguous (strides {tensor.stride()}); give {name}.contiguous()")
+
+
+def check_kinds(**tensors: Any) -> None:
+    for name, tensor in tensors.items():
+        check_kind(name, tensor)
+
+
+def check_tokens(config: Config, x: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> None:
+    kinds = (config.recv_dtype,) if config.quantizes == "never" else (config.dtype, config.recv_dtype)
+    check_tensor("x", x, kinds, [None, config.hidden])
+    if x.shape[0] > config.num_max_tokens_per_rank:
+        raise ValueError(
+            f"x has {x.shape[0]} tokens; give at most num_max_tokens_per_rank = {config.num_max_tokens_per_rank}, "
+            "or construct the Buffer with a larger one"
+        )
+    shape = [x.shape[0], config.num_topk]
+    check_tensor("topk_idx", topk_idx, _INDEX_DTYPES, shape)
+    check_tensor("topk_weights", topk_weights, (torch.float32,), shape)
+
+
+def check_scales(config: Config, x: torch.Tensor, scales: torch.Tensor | None) -> None:
+    if x.dtype == config.dispatch_dtype:
+        if scales is None:
+            raise ValueError(
+                f"scales is missing for an x in {x.dtype}; give [{x.shape[0]}, {config.num_scales}] in "
+                f"{config.scale_dtype}" + (f", or x in {config.dtype}" if config.quantizes != "never" else "")
+            )
+        check_tensor("scales", scales, (config.scale_dtype,), [x.shape[0], config.num_scales])
+    elif scales is not None:
+        raise ValueError(f"scales belongs to an x that comes quantised, and x is {x.dtype}; leave scales out")
+
+
+def check_expert_rows(config: Config, recv_shape: Sequence[int], y: torch.Tensor, num_received: int) -> None:
+    if config.recv_format == "batched":
+        check_tensor("y", y, (config.dtype,), recv_shape)
+        return
+    # Compiled callers hand back the whole of recv.x, others the received rows.
+    rows = y.shape[0] if y.dim() == 2 and y.shape[0] == recv_shape[0] else num_received
+    check_tensor("y", y, (config.dtype,), [rows, config.hidden])

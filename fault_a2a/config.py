@@ -12,14 +12,22 @@ from fault_a2a.placement import MAX_NUM_EXPERTS, Placement, as_whole_number
 
 RECV_FORMATS = ("batched", "packed")
 REDUCES = ("owner", "expert")
+WEIGHTS_AT = ("owner", "expert")
 ON_LOST = ("drop", "renormalize")
 AGREEMENTS = ("windows", "store")
-DTYPES = (torch.bfloat16, torch.float32)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# What rows may travel as, besides `dtype`: one byte an element, and scales.
+DISPATCH_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.uint8)
+SCALE_ALIGNMENT = 16
+SCALE_BLOCK = 128  # elements that share a scale when rows are quantised here
+MAX_NUM_SCALES = 16384
 
 MIN_HIDDEN, MAX_HIDDEN, HIDDEN_MULTIPLE = 8, 16384, 8
 MAX_NUM_TOPK = 32
 # A signal counts the rows it publishes in 19 bits; combine returns up to one row per (token, choice).
-MAX_NUM_ROWS_PER_PEER = (1 << 19) - 1
+MAX_NUM_ROWS_PER_CHUNK = (1 << 19) - 1
+MAX_NUM_TOKENS = (1 << 19) - 1
+MAX_UNSPLIT_TOKENS, DEFAULT_CHUNK_TOKENS = 1024, 128
 MAX_MS = 24 * 3600 * 1000  # a day
 MAX_SPARE_PARTITIONS = 64
 # A watcher that slept for a quarter of a timeout starts it anew, so a shorter silence could never be measured.
@@ -30,7 +38,7 @@ _WHOLE_NUMBERS = {
     "num_experts": (1, MAX_NUM_EXPERTS),
     "hidden": (MIN_HIDDEN, MAX_HIDDEN),
     "num_topk": (1, MAX_NUM_TOPK),
-    "num_max_tokens_per_rank": (1, MAX_NUM_ROWS_PER_PEER),
+    "num_max_tokens_per_rank": (1, MAX_NUM_TOKENS),
     "beat_ms": (1, MAX_MS),
     "silence_ms": (1, MAX_MS),
     "stall_ms": (1, MAX_MS),
@@ -42,7 +50,13 @@ _WHOLE_NUMBERS = {
 }
 # How long each rank is ready to wait for the others is its own business.
 _MAY_DIFFER = ("construct_timeout_ms",)
-_CHOICES = {"recv_format": RECV_FORMATS, "reduce": REDUCES, "on_lost": ON_LOST, "agreement": AGREEMENTS}
+_CHOICES = {
+    "recv_format": RECV_FORMATS,
+    "reduce": REDUCES,
+    "on_lost": ON_LOST,
+    "weights_at": WEIGHTS_AT,
+    "agreement": AGREEMENTS,
+}
 
 
 @dataclass(frozen=True)
@@ -53,9 +67,9 @@ class Config:
         num_experts: experts in the whole group, 1 to 65536.
         hidden: elements in a row of ``x``, 8 to 16384, a multiple of 8 (so that a row is whole 16-byte words).
         num_topk: choices per token, 1 to 32, at most ``num_experts``.
-        num_max_tokens_per_rank: most tokens that one rank passes to one ``dispatch``, at least 1; times ``num_topk``
-            at most 524287.
-        dtype: of ``x``, ``recv.x``, ``y`` and ``out``: ``torch.bfloat16`` or ``torch.float32``.
+        num_max_tokens_per_rank: most tokens that one rank passes to one ``dispatch``, 1 to 524287.
+        dtype: of ``y`` and ``out``, and of ``x`` and ``recv.x`` if ``dispatch_dtype`` is ``None``: ``torch.bfloat16``,
+            ``torch.float16`` or ``torch.float32``.
         recv_format: ``"batched"``: ``recv.x`` is ``[num_local_experts, capacity, hidden]`` with
             ``capacity = num_ranks * num_max_tokens_per_rank``; ``"packed"``: ``[num_recv, hidden]`` and offsets.
         reduce: who sums the choices of a token. ``"owner"``: the token's own rank, in the order of the choices (same
@@ -76,6 +90,18 @@ class Config:
             without a leader or a store; ``"store"``: the group's store, by ``compare_set``; while that is gone, views
             cannot change.
         num_spare_partitions: landing room on each rank, per host, kept for ranks that come back, 0 to 64.
+        num_chunk_tokens: windows hold so many tokens of each rank (twice, if there are more); a longer batch travels
+            as a stream of such chunks, each of which waits until its reader has made room. 1 to
+            ``num_max_tokens_per_rank``, times ``num_topk`` at most 524287. ``None``: all tokens in one chunk up to
+            1024, chunks of 128 above.
+        dispatch_dtype: of ``recv.x``, if rows travel quantised: ``torch.float8_e4m3fn``, to which an ``x`` in
+            ``dtype`` is quantised on the way out, in blocks of 1 x 128 (``reference.quantize_1x128``); this one,
+            ``float8_e5m2``, ``int8`` and ``uint8`` also for an ``x`` that comes quantised, with its ``scales``.
+        scale_dtype: of the scales that travel with a quantised row. ``torch.float32``, or ``torch.int32`` for powers of
+            two, four UE8M0 bytes in each; for rows that come quantised any dtype.
+        num_scales: scales of a row; ``None`` for what blocks of 1 x 128 make.
+        weights_at: where ``topk_weights`` are applied. ``"owner"``: in the sum; ``"expert"``: by the caller's experts,
+            who find them in ``recv.weights``, and the sum leaves them out.
 
     Raises:
         TypeError: a field has the wrong type. The message names the field and what to pass.
@@ -100,6 +126,11 @@ class Config:
     agreement_timeout_ms: int = 10000
     num_spare_partitions: int = 1
     agreement: str = "windows"
+    num_chunk_tokens: int | None = None
+    dispatch_dtype: torch.dtype | None = None
+    scale_dtype: torch.dtype = torch.float32
+    num_scales: int | None = None
+    weights_at: str = "owner"
 
     def __post_init__(self) -> None:
         for name, (least, most) in _WHOLE_NUMBERS.items():
@@ -110,10 +141,88 @@ class Config:
         for name, choices in _CHOICES.items():
             _check_choice(name, getattr(self, name), choices)
         _check_dtype(self.dtype)
+        self._set_chunk()
+        self._set_scales()
         self._check_fit()
         if self.placement is not None and not isinstance(self.placement, Placement):
             object.__setattr__(self, "placement", _as_expert_rank(self.placement))
         self._check_placement_size()
+
+    def _set_chunk(self) -> None:
+        most = self.num_max_tokens_per_rank
+        chunk = self.num_chunk_tokens
+        if chunk is None:
+            chunk = most if most <= MAX_UNSPLIT_TOKENS else DEFAULT_CHUNK_TOKENS
+        chunk = as_whole_number("num_chunk_tokens", chunk)
+        if not 1 <= chunk <= most:
+            raise ValueError(
+                f"num_chunk_tokens: {chunk} is out of range; pass 1 to num_max_tokens_per_rank = {most}, or None."
+            )
+        object.__setattr__(self, "num_chunk_tokens", chunk)
+
+    def _set_scales(self) -> None:
+        if self.dispatch_dtype is None:
+            if self.num_scales is not None:
+                raise ValueError("num_scales: only quantised rows have scales; set dispatch_dtype, or pass None.")
+            return
+        names = ", ".join(str(dtype) for dtype in DISPATCH_DTYPES)
+        if not isinstance(self.dispatch_dtype, torch.dtype):
+            raise TypeError(
+                f"dispatch_dtype: expected a torch.dtype, got {self.dispatch_dtype!r}; pass {names} or None."
+            )
+        if self.dispatch_dtype not in DISPATCH_DTYPES:
+            raise ValueError(f"dispatch_dtype: rows cannot travel as {self.dispatch_dtype}; pass {names} or None.")
+        if not isinstance(self.scale_dtype, torch.dtype):
+            raise TypeError(f"scale_dtype: expected a torch.dtype, got {self.scale_dtype!r}; pass torch.float32.")
+        num_scales = self.num_block_scales if self.num_scales is None else self.num_scales
+        num_scales = as_whole_number("num_scales", num_scales)
+        if not 1 <= num_scales <= MAX_NUM_SCALES:
+            raise ValueError(f"num_scales: {num_scales} is out of range; pass 1 to {MAX_NUM_SCALES}, or None.")
+        object.__setattr__(self, "num_scales", num_scales)
+
+    @property
+    def num_block_scales(self) -> int:
+        """Scales of a row in blocks of 1 x 128: one float32 each, or four UE8M0 bytes in each int32."""
+        num_blocks = -(-self.hidden // SCALE_BLOCK)
+        return -(-num_blocks // 4) if self.scale_dtype == torch.int32 else num_blocks
+
+    @property
+    def quantizes(self) -> str:
+        """What becomes of an ``x`` in ``dtype``: "never", or quantised with scales "float32" or "ue8m0"."""
+        formats = {torch.float32: "float32", torch.int32: "ue8m0"}
+        fits = self.dispatch_dtype == torch.float8_e4m3fn and self.num_scales == self.num_block_scales
+        return formats.get(self.scale_dtype, "never") if fits else "never"
+
+    @property
+    def recv_dtype(self) -> torch.dtype:
+        """Of ``recv.x``."""
+        return self.dispatch_dtype or self.dtype
+
+    @property
+    def scale_bytes(self) -> int:
+        """Bytes of the scales of one row; 0 if rows have none."""
+        return (self.num_scales or 0) * self.scale_dtype.itemsize
+
+    @property
+    def payload_bytes(self) -> int:
+        """Bytes of one row of ``recv.x``."""
+        return self.hidden * self.recv_dtype.itemsize
+
+    @property
+    def scales_at(self) -> int:
+        """Where the scales of a row stand behind its payload, on its way."""
+        return -(-self.payload_bytes // SCALE_ALIGNMENT) * SCALE_ALIGNMENT
+
+    @property
+    def dispatch_bytes(self) -> int:
+        """Bytes of one row on its way out, scales included."""
+        return self.scales_at + self.scale_bytes if self.scale_bytes else self.payload_bytes
+
+    @property
+    def chunk_tokens(self) -> int:
+        """``num_chunk_tokens``, chosen if it was left open."""
+        assert self.num_chunk_tokens is not None
+        return self.num_chunk_tokens
 
     def _check_fit(self) -> None:
         """Fields that are fine alone and do not fit together."""
@@ -127,11 +236,10 @@ class Config:
                 f"num_topk: {self.num_topk} is more than num_experts ({self.num_experts}), and an expert may stand "
                 f"only once per token; pass at most {self.num_experts}."
             )
-        if self.num_max_tokens_per_rank * self.num_topk > MAX_NUM_ROWS_PER_PEER:
+        if self.chunk_tokens * self.num_topk > MAX_NUM_ROWS_PER_CHUNK:
             raise ValueError(
-                f"num_max_tokens_per_rank: {self.num_max_tokens_per_rank} tokens of {self.num_topk} choices are more "
-                f"rows than a signal can count; pass at most {MAX_NUM_ROWS_PER_PEER // self.num_topk}, "
-                "and send longer batches in several rounds."
+                f"num_chunk_tokens: {self.chunk_tokens} tokens of {self.num_topk} choices are more rows than a signal "
+                f"can count; pass at most {MAX_NUM_ROWS_PER_CHUNK // self.num_topk}."
             )
         if self.silence_ms < MIN_BEATS_PER_SILENCE * self.beat_ms:
             raise ValueError(
@@ -151,7 +259,7 @@ class Config:
 
     @property
     def hidden_bytes(self) -> int:
-        """Bytes of one row of ``x``."""
+        """Bytes of one row of ``y`` and ``out``."""
         return self.hidden * self.dtype.itemsize
 
     def compared(self, num_ranks: int) -> dict[str, str]:
@@ -202,13 +310,13 @@ def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
 
 
 def _check_dtype(dtype: object) -> None:
-    wanted = "torch.bfloat16 or torch.float32"
+    wanted = "torch.bfloat16, torch.float16 or torch.float32"
     if not isinstance(dtype, torch.dtype):
         raise TypeError(f"dtype: expected a torch.dtype, got {dtype!r} ({type(dtype).__name__}); pass {wanted}.")
     if dtype in DTYPES:
         return
-    if dtype == torch.float16 or str(dtype).startswith("torch.float8"):
-        raise ValueError(f"dtype: {dtype} comes with a later release; pass {wanted} until then.")
+    if str(dtype).startswith("torch.float8"):
+        raise ValueError(f"dtype: sums do not come as {dtype}; pass {wanted}, and dispatch_dtype={dtype}.")
     raise ValueError(f"dtype: {dtype} is not a payload type; pass {wanted}.")
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import threading
+import warnings
 import weakref
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch._higher_order_ops.effects import _EffectType, _register_effectful_op
 
 if TYPE_CHECKING:
     from fault_a2a.buffer import Buffer
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 _library = torch.library.Library("fault_a2a", "DEF")
 
 _library.define(
-    "dispatch(Tensor x, Tensor topk_idx, Tensor topk_weights, int buffer) -> (Tensor recv_x, Tensor num_tokens, "
-    "Tensor offsets, Tensor handle)"
+    "dispatch(Tensor x, Tensor topk_idx, Tensor topk_weights, int buffer, Tensor? scales=None) -> (Tensor recv_x, "
+    "Tensor num_tokens, Tensor offsets, Tensor handle, Tensor recv_scales, Tensor recv_weights)"
 )
 _library.define(
     "combine(Tensor y, Tensor topk_weights, Tensor handle, int buffer) -> (Tensor out, Tensor codes, Tensor lost)"
@@ -48,9 +48,9 @@ def find(buffer_id: int) -> Buffer:
 
 
 def _dispatch(
-    x: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor, buffer: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    return find(buffer)._dispatch(x, topk_idx, topk_weights)
+    x: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor, buffer: int, scales: torch.Tensor | None = None
+) -> tuple[torch.Tensor, ...]:
+    return find(buffer)._dispatch(x, topk_idx, topk_weights, scales)
 
 
 def _combine(
@@ -67,16 +67,18 @@ def _check_not_meta(**tensors: torch.Tensor) -> None:
 
 
 def _fake_dispatch(
-    x: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor, buffer: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    x: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor, buffer: int, scales: torch.Tensor | None = None
+) -> tuple[torch.Tensor, ...]:
     owner = find(buffer)
     _check_not_meta(x=x, topk_idx=topk_idx, topk_weights=topk_weights)
-    num_local = owner.num_local_experts
+    num_local, config = owner.num_local_experts, owner.config
     return (
-        x.new_empty(owner.recv_shape),
+        x.new_empty(owner.recv_shape, dtype=config.recv_dtype),
         x.new_empty([num_local], dtype=torch.int32),
         x.new_empty([num_local + 1], dtype=torch.int32),
         x.new_empty([HANDLE_WORDS], dtype=torch.int64),
+        x.new_empty(owner.scales_shape, dtype=config.scale_dtype),
+        x.new_empty(owner.weights_shape, dtype=torch.float32),
     )
 
 
@@ -99,7 +101,24 @@ torch.library.register_fake("fault_a2a::combine", _fake_combine, lib=_library)
 # Experts are trained elsewhere: serving only.
 _library.impl("dispatch", torch.library.fallthrough_kernel, "AutogradCPU")
 _library.impl("combine", torch.library.fallthrough_kernel, "AutogradCPU")
-# A round is a meeting with the peers: no compiler may drop one whose output nobody reads, merge two with equal
-# inputs, or change their order, least of all on one rank only.
-_register_effectful_op(torch.ops.fault_a2a.dispatch.default, _EffectType.ORDERED)
-_register_effectful_op(torch.ops.fault_a2a.combine.default, _EffectType.ORDERED)
+
+
+def _keep_in_order(*operators: Any) -> None:
+    """A round is a meeting with the peers: no compiler may drop one whose output nobody reads, merge two with equal
+    inputs, or change their order, least of all on one rank only.
+
+    The registration is torch's own and private; where a torch does not have it, only compiled callers lose by it.
+    """
+    try:
+        from torch._higher_order_ops.effects import _EffectType, _register_effectful_op
+    except ImportError:
+        warnings.warn(
+            f"torch {torch.__version__} cannot keep operators in order: do not put fault_a2a's into torch.compile",
+            stacklevel=2,
+        )
+        return
+    for operator in operators:
+        _register_effectful_op(operator, _EffectType.ORDERED)
+
+
+_keep_in_order(torch.ops.fault_a2a.dispatch.default, torch.ops.fault_a2a.combine.default)

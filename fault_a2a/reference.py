@@ -19,6 +19,10 @@ NONE, DELIVERED, LOST, UNROUTABLE = 0, 1, 2, 3
 
 _NO_RANK = -1
 
+# fp8 rows: so many elements share a scale.
+QUANTIZED_BLOCK = 128
+_E4M3_MAX, _SMALLEST_AMAX = 448.0, 1e-4
+
 
 class Received(NamedTuple):
     """What a rank holds after ``dispatch``.
@@ -116,6 +120,7 @@ def combine(
     reduce: str = "owner",
     placement: Placement | None = None,
     on_lost: str = "drop",
+    weights_at: str = "owner",
 ) -> torch.Tensor:
     """The weighted sum of the expert rows of each token, over the delivered choices only. Bit for bit.
 
@@ -130,6 +135,7 @@ def combine(
         placement: needed for ``reduce="expert"``.
         on_lost: ``"drop"``, or ``"renormalize"``: a token that lost a choice is scaled by
             (sum of the weights it asked for) / (sum of the weights delivered), and is zero if the latter is.
+        weights_at: ``"owner"``: here; ``"expert"``: the rows have their weights already, and are summed as they are.
 
     Returns:
         ``[num_tokens, hidden]`` in the dtype of ``rows``.
@@ -138,10 +144,13 @@ def combine(
     rounding to the dtype comes last. A NaN stays a NaN; which of the NaN's bit patterns is not specified.
     """
     is_delivered = (delivered.to(torch.uint8) == DELIVERED) & (topk_idx != -1)
+    if weights_at not in ("owner", "expert"):
+        raise ValueError(f'weights_at: "{weights_at}" is not known; pass "owner" or "expert".')
+    weights = topk_weights if weights_at == "owner" else torch.ones_like(topk_weights)
     if reduce == "owner":
-        total = _weighted_sum(rows, topk_weights, is_delivered)
+        total = _weighted_sum(rows, weights, is_delivered)
     elif reduce == "expert":
-        total = _sum_of_partial_sums(rows, topk_weights, is_delivered, _choice_ranks(topk_idx, placement))
+        total = _sum_of_partial_sums(rows, weights, is_delivered, _choice_ranks(topk_idx, placement))
     else:
         raise ValueError(f'reduce: "{reduce}" is not known; pass "owner" or "expert".')
     if on_lost == "renormalize":
@@ -263,3 +272,63 @@ def same_bits(actual: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
     as_int = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[actual.dtype.itemsize]
     same = actual.contiguous().view(as_int) == expected.contiguous().view(as_int)
     return same | (actual.isnan() & expected.isnan()) if actual.dtype.is_floating_point else same
+
+
+def quantize_1x128(x: torch.Tensor, scale: str = "float32") -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows as fp8 e4m3, each 128 elements (a row's last block may be shorter) with a scale of their own.
+
+    Args:
+        x: ``[num_rows, hidden]``, bfloat16, float16 or float32.
+        scale: ``"float32"``, or ``"ue8m0"`` for powers of two.
+
+    Returns:
+        ``q``: float8_e4m3fn ``[num_rows, hidden]``. ``scales``: float32 ``[num_rows, num_blocks]``, or for ue8m0 int32
+        ``[num_rows, ceil(num_blocks / 4)]``: one exponent byte (biased by 127) a block, the first in the lowest byte,
+        unused bytes zero.
+
+    ``scale = max(amax, 1e-4) / 448``, for ue8m0 the next power of two that is not below; ``q = e4m3(x * (1 / scale))``,
+    each operation rounded to float32. A block with an infinity or a NaN is NaN as a whole (all bytes 0x7f), and so is
+    its scale (ue8m0: 255).
+
+    Raises:
+        ValueError: ``x`` has not two dimensions, or ``scale`` is not known.
+    """
+    if x.dim() != 2:
+        raise ValueError(f"x: has {x.dim()} dimensions; pass [num_rows, hidden].")
+    if scale not in ("float32", "ue8m0"):
+        raise ValueError(f'scale: "{scale}" is not known; pass "float32" or "ue8m0".')
+    blocks = _in_blocks(x.float())
+    amax = blocks.abs().amax(dim=2)
+    is_finite = amax.isfinite()
+    # Divided by a tensor: some devices multiply by the reciprocal of a Python number, which rounds twice.
+    scales = amax.clamp(min=_SMALLEST_AMAX) / torch.full_like(amax, _E4M3_MAX)
+    if scale == "ue8m0":
+        bits = scales.view(torch.int32)
+        exponents = (bits >> 23) + (bits & 0x7FFFFF).ne(0)
+        scales = (exponents << 23).view(torch.float32)
+    # Bounded, so that torch versions that saturate and those that do not give the same; no finite block needs it.
+    values = (blocks * (1.0 / scales).unsqueeze(2)).clamp(-_E4M3_MAX, _E4M3_MAX)
+    q = values.to(torch.float8_e4m3fn).view(torch.uint8)
+    q = q.where(is_finite.unsqueeze(2), 0x7F).flatten(1)[:, : x.shape[1]].contiguous().view(torch.float8_e4m3fn)
+    if scale == "float32":
+        return q, scales.where(is_finite, torch.nan)
+    packed = exponents.where(is_finite, 255).to(torch.uint8)
+    padding = -packed.shape[1] % 4
+    return q, torch.nn.functional.pad(packed, (0, padding)).contiguous().view(torch.int32)
+
+
+def dequantize_1x128(q: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """float32 ``[num_rows, hidden]`` of what ``quantize_1x128`` returned: ``float32(q) * scale``, rounded once."""
+    blocks = _in_blocks(q.float())
+    if scales.dtype == torch.int32:
+        exponents = scales.contiguous().view(torch.uint8)[:, : blocks.shape[1]].double()
+        # In float64, since 2**-127, the smallest scale there is, is no normal float32.
+        scales = torch.exp2(exponents - 127).where(exponents != 255, torch.nan).float()
+    return (blocks * scales.unsqueeze(2)).flatten(1)[:, : q.shape[1]]
+
+
+def _in_blocks(wide: torch.Tensor) -> torch.Tensor:
+    """[num_rows, num_blocks, 128], zeros behind the last element of a row."""
+    padding = -wide.shape[1] % QUANTIZED_BLOCK
+    num_blocks = (wide.shape[1] + padding) // QUANTIZED_BLOCK  # not -1: there may be no rows
+    return torch.nn.functional.pad(wide, (0, padding)).view(len(wide), num_blocks, QUANTIZED_BLOCK)

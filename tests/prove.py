@@ -75,10 +75,32 @@ def evictions(seed: int) -> dict[str, Any]:
     return scenario(wrong) | {"evictions": num_evictions}
 
 
+def prefill(seed: int) -> dict[str, Any]:
+    from tests.test_streams import prefill_death
+
+    try:
+        prefill_death(seed)
+    except AssertionError as error:
+        return scenario([str(error)[:500]])
+    return scenario([])
+
+
 def cascade(seed: int) -> dict[str, Any]:
     from tests.process_scenarios import no_cascade
 
     return scenario(no_cascade(1, seed, action="stop" if seed % 4 == 3 else "kill"))
+
+
+NUM_E4M3_RUNS = 16
+
+
+def e4m3(seed: int) -> dict[str, Any]:
+    """The cast of one sixteenth of all float32 patterns."""
+    from tests.test_fp8 import differing_casts
+
+    num_patterns = (1 << 32) // NUM_E4M3_RUNS
+    wrong = differing_casts(seed * num_patterns, num_patterns)
+    return scenario(wrong) | {"patterns": num_patterns}
 
 
 def jobs() -> list[Job]:
@@ -100,7 +122,11 @@ def jobs() -> list[Job]:
         Job("stop", "`--stop 3@50:4000 --silence-ms 500`", 5, lambda seed: drill(*stopped, "--seed", str(seed))),
         Job("cut", "`--cut 2-5@20 --silence-ms 500`", 5, cut),
         Job("cascade", "no cascade: compute of 0 to several silence timeouts of 100 ms", 200, cascade),
+        Job(
+            "prefill", "a death at every chunk position of a stream of 8,192 tokens, every third time two", 48, prefill
+        ),
         Job("evictions", "free-running ranks, two open rounds, deaths until two are left (6 each)", 84, evictions),
+        Job("e4m3", "the cast to e4m3 of all 2^32 float32 patterns is torch's (2^28 each)", NUM_E4M3_RUNS, e4m3),
     ]
 
 

@@ -10,9 +10,10 @@ from functools import partial
 import torch
 
 from fault_a2a import reference
-from fault_a2a.buffer import Buffer, Handle, Outcome, Received
+from fault_a2a.buffer import Buffer
 from fault_a2a.config import Config
 from fault_a2a.errors import FaultA2AError
+from fault_a2a.rounds import Handle, Outcome, Received
 from fault_a2a.testing.virtual import VirtualRanks
 
 
@@ -61,6 +62,15 @@ class Work:
         return (rows.float() * (1.0 + expert / 8) + expert / 4).to(rows.dtype)
 
 
+@dataclass(frozen=True)
+class SameRouting(Work):
+    """Every round chooses what the first one chose: one round's rows in another's place give only wrong bits."""
+
+    def tokens(self, rank: int, round_number: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        x, _, weights = super().tokens(rank, round_number)
+        return x, super().tokens(rank, 0)[1], weights
+
+
 class Checker:
     """Runs rounds of ``work`` on one buffer and checks all that can be known of them."""
 
@@ -68,6 +78,17 @@ class Checker:
         self.buffer, self.work = buffer, work
         self.tally = Tally(buffer.rank)
         self.local = buffer.placement.local_experts(buffer.rank)
+
+    def on_the_way(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Rows as they travel, and their scales."""
+        scale = self.buffer.config.quantizes
+        return (x, None) if scale == "never" else reference.quantize_1x128(x, scale)
+
+    def as_experts_see(self, rows: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:
+        config = self.buffer.config
+        if scales is None:
+            return rows
+        return reference.dequantize_1x128(rows, scales).to(config.dtype)
 
     def dispatch(self, round_number: int) -> tuple[Received, Handle]:
         received, handle = self.buffer.dispatch(*self.work.tokens(self.buffer.rank, round_number))
@@ -80,24 +101,40 @@ class Checker:
         if int(received.num_tokens.sum()) != len(sources):
             self.tally.corrupt.append(f"round {round_number}: num_tokens does not count the rows")
         for src in sources[:, 2].unique().tolist():
-            x, idx, _ = self.work.tokens(src, round_number)
+            x, idx, weights = self.work.tokens(src, round_number)
             mine = sources[sources[:, 2] == src]
-            expected = x[mine[:, 3].long()]
-            if not reference.same_bits(rows[mine[:, 0].long()], expected).all():
+            places, tokens = mine[:, 0].long(), mine[:, 3].long()
+            sent, scales = self.on_the_way(x)
+            if not reference.same_bits(rows[places], sent[tokens]).all():
                 self.tally.corrupt.append(f"round {round_number}: rows from rank {src} are not its rows")
+            if scales is not None and received.scales is not None:
+                got = received.scales.reshape(-1, received.scales.shape[-1])[places]
+                if not reference.same_bits(got, scales[tokens]).all():
+                    self.tally.corrupt.append(f"round {round_number}: scales from rank {src} are not its scales")
+            if received.weights is not None:
+                wanted = weights[tokens, mine[:, 4].long()]
+                if not reference.same_bits(received.weights.reshape(-1)[places], wanted).all():
+                    self.tally.corrupt.append(f"round {round_number}: weights from rank {src} are not its weights")
             named = idx[mine[:, 3].long(), mine[:, 4].long()]
             if named.tolist() != [self.local[expert] for expert in mine[:, 1].tolist()]:
                 self.tally.corrupt.append(f"round {round_number}: rows from rank {src} stand at the wrong expert")
 
     def experts(self, received: Received) -> torch.Tensor:
-        y = torch.full_like(received.x, float("nan"))
+        y = torch.full(received.x.shape, float("nan"), dtype=self.buffer.config.dtype)
         flat, flat_y = received.x.reshape(-1, received.x.shape[-1]), y.view(-1, received.x.shape[-1])
         for local, expert in enumerate(self.local):
             count = int(received.num_tokens[local])
             first = int(received.offsets[local])
             if self.buffer.config.recv_format == "batched":
                 first = local * self.buffer.capacity
-            flat_y[first : first + count] = self.work.expert_rows(flat[first : first + count], expert)
+            span = slice(first, first + count)
+            scales = received.scales
+            rows = self.as_experts_see(
+                flat[span], None if scales is None else scales.reshape(-1, scales.shape[-1])[span]
+            )
+            flat_y[span] = self.work.expert_rows(rows, expert)
+            if received.weights is not None:
+                flat_y[span] = (flat_y[span].float() * received.weights.reshape(-1)[span, None]).to(y.dtype)
         return y
 
     def combine(self, received: Received, handle: Handle, round_number: int) -> Outcome:
@@ -108,8 +145,11 @@ class Checker:
     def check_output(self, out: torch.Tensor, outcome: Outcome, round_number: int) -> None:
         config, tally = self.buffer.config, self.tally
         x, idx, weights = self.work.tokens(self.buffer.rank, round_number)
+        x = self.as_experts_see(*self.on_the_way(x))
         rows = torch.stack([self.work.expert_rows(x, expert) for expert in range(config.num_experts)])
         chosen = rows[idx.clamp(min=0), torch.arange(len(x))[:, None]]
+        if config.weights_at == "expert":
+            chosen = (chosen.float() * weights[:, :, None]).to(config.dtype)
         expected = reference.combine(
             chosen,
             idx,
@@ -118,6 +158,7 @@ class Checker:
             reduce=config.reduce,
             placement=self.buffer.placement,
             on_lost=config.on_lost,
+            weights_at=config.weights_at,
         )
         if not reference.same_bits(out, expected).all():
             tally.corrupt.append(f"round {round_number}: out is not the sum of what the outcome says was delivered")

@@ -13,9 +13,9 @@ from fault_a2a import reference
 from fault_a2a._core import core
 from fault_a2a.buffer import Buffer
 from fault_a2a.config import Config
-from fault_a2a.errors import RankEvictedError
+from fault_a2a.errors import FaultA2AError, RankEvictedError
 from fault_a2a.testing.virtual import VirtualRanks
-from tests.rig import Checker, Tally, Work, raised, run_checked, run_two_open, suspicions_of, views_agree
+from tests.rig import Checker, SameRouting, Tally, Work, raised, run_checked, run_two_open, suspicions_of, views_agree
 
 Wrong = list[str]
 
@@ -23,7 +23,10 @@ Wrong = list[str]
 LIES = {
     name: 1 << bit
     for bit, name in enumerate(
-        ["count", "expert", "choice", "num_choices", "twice", "combine_count", "old_round", "old_epoch", "future"]
+        [
+            *("count", "expert", "choice", "num_choices", "twice", "combine_count"),
+            *("old_round", "old_epoch", "future", "claims"),
+        ]
     )
 }
 
@@ -85,7 +88,7 @@ def overtaken() -> Wrong:
     same members are decided anew, the suspicion is lifted; and all that once more. Then rank 0 has the slot again that
     rank 1 still copies."""
     config = small(silence_ms=120, settle_ms=2000, num_max_tokens_per_rank=16)
-    work = Work(config, 2)
+    work = SameRouting(config, 2)
     with VirtualRanks(2, config, poison=True) as ranks:
         ranks.buffers[1].arm("dispatch.copy", 3, "sleep_us", 1_100_000)
 
@@ -244,6 +247,53 @@ def overtaken_rank_catches_up() -> Wrong:
         return wrong
 
 
+def late_chunks() -> Wrong:
+    """Nobody dies. One rank's chunks come late, and one rank copies them late: streams wait at every chunk."""
+    config = small(num_max_tokens_per_rank=40, num_chunk_tokens=4)
+    work = Work(config, 3)
+    with VirtualRanks(3, config, poison=True) as ranks:
+        for skip in (2, 4):
+            ranks.buffers[1].arm("dispatch.chunk", 3, "sleep_us", 30_000, skip=skip)
+            ranks.buffers[1].arm("combine.chunk", 4, "sleep_us", 30_000, skip=skip)
+            ranks.buffers[2].arm("dispatch.chunk_taken", 3, "sleep_us", 30_000, skip=skip)
+            ranks.buffers[2].arm("combine.chunk_taken", 4, "sleep_us", 30_000, skip=skip)
+        tallies = run_checked(ranks, work, 6)
+        return corrupt(tallies) + lost_between_live(ranks, work, tallies, set())
+
+
+def crossed_orders(patience_s: float = 4.0) -> Wrong:
+    """Rank 0 dispatches round r + 1 before it combines round r, rank 1 the other way round: each waits for the other,
+    alive and ticking. No call may wait for ever."""
+    config = small(stall_ms=300)
+    work = Work(config, 2)
+    with VirtualRanks(2, config) as ranks:
+        ended: set[int] = set()
+
+        def one(buffer: Buffer) -> None:
+            checker = Checker(buffer, work)
+            received, handle = checker.dispatch(1)
+            try:
+                if buffer.rank == 0:
+                    checker.dispatch(2)
+                checker.combine(received, handle, 1)
+            except FaultA2AError:
+                pass
+            ended.add(buffer.rank)
+
+        threads = [threading.Thread(target=one, args=(buffer,), daemon=True) for buffer in ranks.buffers]
+        for thread in threads:
+            thread.start()
+        deadline = time.monotonic() + patience_s
+        for thread in threads:
+            thread.join(max(deadline - time.monotonic(), 0))
+        wrong = [f"rank {rank} still waits" for rank in range(2) if rank not in ended]
+        for buffer in ranks.buffers:
+            buffer.close()
+        for thread in threads:
+            thread.join(10)
+        return wrong
+
+
 def third_round() -> Wrong:
     config = small()
     work = Work(config, 1)
@@ -272,7 +322,7 @@ def lying(*lies: str, from_round: int = 4, wait_ms: int = 60_000) -> Wrong:
         # Its own accusations of those who refuse it are its business; it was honest enough to be answered.
         wrong += [f"the liar had no answer: {e}" for e in ranks.buffers[1].evidence() if e.kind == "link"]
         refused = sum(ranks.buffers[rank].core.stats()["num_rejected"] for rank in (0, 2))
-        if refused == 0 and set(lies) & {"count", "expert", "choice", "num_choices", "twice"}:
+        if refused == 0 and set(lies) & {"count", "expert", "choice", "num_choices", "twice", "claims"}:
             wrong.append("a wrong number was believed")
         if ranks.buffers[1].core.num_faults() == 0:
             wrong.append("no lie was told: the scenario shows nothing")
@@ -435,3 +485,9 @@ def evictions(seed: int, num_ranks: int = 8, two_open: bool = True) -> tuple[Wro
             if tally.rank not in dead and (tally.error or tally.rounds != number + 8):
                 wrong.append(f"survivor {tally.rank} ended after {tally.rounds} rounds: {tally.error}")
         return [f"seed {seed}: {text}" for text in wrong], len(order)
+
+
+def streamed_rows() -> Wrong:
+    """One thread stores rows past the cache and signals; another looks at each as soon as it sees the signal."""
+    num_torn = core.torn_streamed_rows(num_rounds=10_000, num_bytes=14336)
+    return [f"{num_torn} rows were announced before they were there"] if num_torn else []

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import fault_a2a
-from fault_a2a.buffer import window_bytes
 from fault_a2a.cli import doctor
 from fault_a2a.config import Config
+from fault_a2a.core_fields import window_bytes
 from tests.drills import ROOT
 
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from fault_a2a import reference
-from fault_a2a.buffer import Buffer, Handle, Received
+from fault_a2a.buffer import Buffer
 from fault_a2a.config import Config
+from fault_a2a.rounds import Handle, Received
 from fault_a2a.testing.virtual import VirtualRanks
 from tests.rig import Checker, Tally, Work
 

@@ -68,18 +68,19 @@ class OneRoundPerCall:
             buffer.num_local_experts,
             buffer.recv_shape,
         )
+        self.scales_shape, self.weights_shape = buffer.scales_shape, buffer.weights_shape
         self.id = ops.register(self)  # type: ignore[arg-type]
 
     def _dispatch(self, *tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        recv_x, num_tokens, offsets, handle = self.buffer._dispatch(*tokens)
+        recv_x, num_tokens, offsets, handle, *nothing = self.buffer._dispatch(*tokens)
         self.buffer._combine(recv_x, tokens[2], handle)
         handle[:2] = torch.tensor([self.id, 0])
         written = torch.zeros(self.recv_shape[:-1], dtype=torch.bool).view(-1)
         written[received_rows(self.buffer, num_tokens, offsets)] = True
-        return recv_x.masked_fill(~written.view(*self.recv_shape[:-1], 1), 0), num_tokens, offsets, handle
+        return recv_x.masked_fill(~written.view(*self.recv_shape[:-1], 1), 0), num_tokens, offsets, handle, *nothing
 
     def _combine(self, y: torch.Tensor, topk_weights: torch.Tensor, handle: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        _, _, _, real_handle = self.buffer._dispatch(*self.tokens)
+        _, _, _, real_handle, *_ = self.buffer._dispatch(*self.tokens)
         assert handle[2:].equal(real_handle[2:])
         return self.buffer._combine(y, topk_weights, real_handle)
 
@@ -99,7 +100,7 @@ def test_opcheck(buffer: Buffer, name: str, util: str) -> None:
     one = OneRoundPerCall(buffer)
     arguments: tuple = (*one.tokens, one.id)
     if name == "combine":
-        recv_x, _, _, handle = OPS["dispatch"](*arguments)
+        recv_x, _, _, handle, *_ = OPS["dispatch"](*arguments)
         arguments = (recv_x.clone(), one.tokens[2], handle, one.id)
     before = buffer.num_rounds
     torch.library.opcheck(OPS[name].default, arguments, test_utils=util)
@@ -112,7 +113,7 @@ def test_opcheck_on_the_buffer_itself(buffer: Buffer, name: str, util: str) -> N
     """All but the check that compares two calls."""
     arguments: tuple = (*tokens_of(buffer), buffer.id)
     if name == "combine":
-        recv_x, _, _, handle = OPS["dispatch"](*arguments)
+        recv_x, _, _, handle, *_ = OPS["dispatch"](*arguments)
         arguments = (recv_x.clone(), arguments[2], handle, buffer.id)
     torch.library.opcheck(OPS[name].default, arguments, test_utils=util)
 
@@ -148,7 +149,7 @@ def test_fake_shapes_are_the_real_ones(recv_format: str, placement: list[int] | 
 
 
 def with_operators(buffer_id: int, x: torch.Tensor, idx: torch.Tensor, weights: torch.Tensor) -> tuple[Any, ...]:
-    recv_x, num_tokens, _, handle = torch.ops.fault_a2a.dispatch(x, idx, weights, buffer_id)
+    recv_x, num_tokens, _, handle, *_ = torch.ops.fault_a2a.dispatch(x, idx, weights, buffer_id)
     y = recv_x * 1.5  # one operation, one rounding: no compiler makes other bits of it
     out, codes, lost = torch.ops.fault_a2a.combine(y, weights, handle, buffer_id)
     return out, codes, lost, num_tokens
@@ -304,7 +305,7 @@ def test_inductor(buffer: Buffer) -> None:
 
     def model(x: torch.Tensor, idx: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, ...]:
         with_operators(buffer.id, x, idx, weights)  # nobody reads it
-        recv_x, num_tokens, offsets, handle = torch.ops.fault_a2a.dispatch(x, idx, weights, buffer.id)
+        recv_x, num_tokens, offsets, handle, *_ = torch.ops.fault_a2a.dispatch(x, idx, weights, buffer.id)
         y = recv_x * 1.5
         out, codes, lost = torch.ops.fault_a2a.combine(y, weights, handle, buffer.id)
         again = with_operators(buffer.id, out, idx, weights)

@@ -94,6 +94,7 @@ def includes_follow_the_rooms(source: Source) -> Iterator[str]:
 IMPORTERS = {
     "fault_a2a._C": ("fault_a2a/_core.py",),
     "fault_a2a._C_hooks": ("fault_a2a/_core.py",),
+    "fault_a2a._C_unchecked": ("fault_a2a/_core.py",),
     # The drill checks every step against the reference; nothing that runs in production leans on it.
     "fault_a2a.reference": ("fault_a2a/cli/drill", "fault_a2a/testing/", "tests/", "benchmarks/"),
     "fault_a2a.testing": ("fault_a2a/testing/", "fault_a2a/cli/", "fault_a2a/integrations/", "tests/", "benchmarks/"),

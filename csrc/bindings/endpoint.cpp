@@ -44,6 +44,9 @@ void Endpoint::create() {
   page.incarnation = new_incarnation();
   page.rank = static_cast<u32>(config_.rank);
   page.pid = static_cast<u32>(process_id());
+  for (SentWords& sent : page.sent)
+    for (auto& words : sent.words)
+      for (u32 parity = 0; parity < kNumParities; ++parity) words[parity] = fresh_word(config_.first_round, parity);
   __atomic_store_n(&page.life, static_cast<u32>(Life::constructing), __ATOMIC_RELEASE);
   store_release(&page.magic, kControlMagic);
 }
@@ -87,6 +90,8 @@ void Endpoint::open_peers() {
   context_.dtype = config_.dtype;
   context_.packed = config_.packed;
   context_.renormalize = config_.renormalize;
+  context_.weights_at_expert = config_.weights_at_expert;
+  context_.format = config_.format;
   context_.expert_rank = config_.expert_rank;
   context_.expert_local = config_.expert_local;
   context_.num_local_experts = config_.num_local_experts;
@@ -94,6 +99,8 @@ void Endpoint::open_peers() {
   context_.fabric = fabric_.get();
   context_.wire = wire_.get();
   context_.next_round = config_.first_round;
+  context_.stalls.assign(static_cast<size_t>(config_.shape.num_ranks), StallWatch());
+  context_.sources.assign(static_cast<size_t>(config_.shape.num_ranks), SourceStats());
 
   PulseOptions options;
   options.agreement.rank = config_.rank;
@@ -140,40 +147,44 @@ void Endpoint::update_tick() {
   context_.tick_ns = std::max(shortest / 8, kNsPerMs);
 }
 
-DispatchResult Endpoint::dispatch(const DispatchArgs& args) {
+// One kernel at a time. What ended this rank answers before any work is begun.
+template <class Result, class Call>
+Result Endpoint::call(Call work) {
   std::lock_guard<std::mutex> lock(calls_);
-  DispatchResult result;
+  Result result;
   result.status = closed_ ? Status::closed : released_status(*state_);
   if (result.status == Status::evicted || result.status == Status::closed) return result;
 #if defined(FA2A_TEST_HOOKS) && FA2A_TEST_HOOKS
   try {
-    return fa2a::dispatch(context_, args);
+    return work();
   } catch (const Crashed&) {
     crash();
     result.status = Status::closed;
     return result;
   }
 #else
-  return fa2a::dispatch(context_, args);
+  return work();
 #endif
 }
 
-CombineResult Endpoint::combine(const CombineArgs& args) {
-  std::lock_guard<std::mutex> lock(calls_);
-  CombineResult result;
-  result.status = closed_ ? Status::closed : released_status(*state_);
-  if (result.status == Status::evicted || result.status == Status::closed) return result;
-#if defined(FA2A_TEST_HOOKS) && FA2A_TEST_HOOKS
-  try {
-    return fa2a::combine(context_, args);
-  } catch (const Crashed&) {
-    crash();
-    result.status = Status::closed;
-    return result;
-  }
-#else
-  return fa2a::combine(context_, args);
-#endif
+DispatchResult Endpoint::dispatch_send(const DispatchArgs& args) {
+  return call<DispatchResult>([&] { return fa2a::dispatch_send(context_, args); });
+}
+
+DispatchResult Endpoint::dispatch_receive(const ReceiveArgs& args) {
+  return call<DispatchResult>([&] { return fa2a::dispatch_receive(context_, args); });
+}
+
+CombineResult Endpoint::combine_send(const CombineArgs& args) {
+  return call<CombineResult>([&] { return fa2a::combine_send(context_, args); });
+}
+
+CombineResult Endpoint::combine_receive(const ReduceArgs& args) {
+  return call<CombineResult>([&] { return fa2a::combine_receive(context_, args); });
+}
+
+CombineResult Endpoint::abandon(u64 round) {
+  return call<CombineResult>([&] { return fa2a::abandon(context_, round); });
 }
 
 void Endpoint::crash() {
@@ -183,7 +194,7 @@ void Endpoint::crash() {
 
 i32 Endpoint::open_tokens(u64 round) const {
   const OpenRound& open = context_.rounds[round % kNumParities];
-  return open.open && open.round == round ? open.num_tokens : -1;
+  return open.stage != Stage::closed && open.round == round ? open.num_tokens : -1;
 }
 
 // Never collective. A call in progress ends within one wake-up, because every wait looks at the release word.
@@ -197,13 +208,8 @@ void Endpoint::close() {
   closed_ = true;
   if (!pulse_) return;
   // Peers wait for an answer to every round that was opened.
-  for (OpenRound& open : context_.rounds) {
-    if (!open.open) continue;
-    CombineArgs abandon{};
-    abandon.round = open.round;
-    abandon.abandon = true;
-    fa2a::combine(context_, abandon);
-  }
+  for (OpenRound& open : context_.rounds)
+    if (open.stage != Stage::closed) fa2a::abandon(context_, open.round);
   pulse_->leave();
 }
 

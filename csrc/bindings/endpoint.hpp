@@ -18,6 +18,8 @@ struct EndpointConfig {
   DType dtype = DType::bfloat16;
   bool packed = false;
   bool renormalize = false;
+  bool weights_at_expert = false;
+  WireFormat format;
   std::vector<i32> expert_rank;
   std::vector<i32> expert_local;
   i32 num_local_experts = 0;
@@ -40,8 +42,11 @@ class Endpoint {
   void open_peers();  // after all have created: map, check, prepare, start the pulse
   void serve();       // after all have opened: names are forgotten, rounds may begin
 
-  DispatchResult dispatch(const DispatchArgs& args);
-  CombineResult combine(const CombineArgs& args);
+  DispatchResult dispatch_send(const DispatchArgs& args);
+  DispatchResult dispatch_receive(const ReceiveArgs& args);
+  CombineResult combine_send(const CombineArgs& args);
+  CombineResult combine_receive(const ReduceArgs& args);
+  CombineResult abandon(u64 round);
   void close();
   void set_timeouts(i32 rank, i64 silence_ms, i64 stall_ms);
   bool crashed() const { return crashed_; }
@@ -56,6 +61,8 @@ class Endpoint {
   bool closed() const { return closed_; }
 
  private:
+  template <class Result, class Call>
+  Result call(Call work);
   Decision first_decision() const;
   void crash();
   void update_tick();

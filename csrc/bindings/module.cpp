@@ -13,6 +13,8 @@ namespace fa2a {
 
 void bind_verdict(py::module_& m);
 void bind_protocol(py::module_& m);
+void bind_rows(py::module_& m);
+DType dtype_named(const std::string& name);
 void bind_faults(py::module_& m, py::class_<Endpoint, std::shared_ptr<Endpoint>>& endpoint);
 
 namespace {
@@ -70,6 +72,8 @@ Shape shape_of(const py::dict& fields) {
   shape.num_experts = fields["num_experts"].cast<i32>();
   shape.num_topk = fields["num_topk"].cast<i32>();
   shape.num_max_tokens = fields["num_max_tokens_per_rank"].cast<i32>();
+  shape.num_chunk_tokens = fields["num_chunk_tokens"].cast<i32>();
+  shape.dispatch_bytes = fields["dispatch_bytes"].cast<i32>();
   shape.max_local_experts = fields["max_local_experts"].cast<i32>();
   shape.hidden_bytes = fields["hidden_bytes"].cast<i32>();
   shape.num_spare_partitions = fields["num_spare_partitions"].cast<i32>();
@@ -77,13 +81,25 @@ Shape shape_of(const py::dict& fields) {
   return shape;
 }
 
+WireFormat::Quantize quantize_named(const std::string& name) {
+  if (name == "never") return WireFormat::Quantize::never;
+  if (name == "float32") return WireFormat::Quantize::float32;
+  if (name == "ue8m0") return WireFormat::Quantize::ue8m0;
+  throw py::value_error("quantize must be never, float32 or ue8m0, not " + name);
+}
+
 EndpointConfig config_of(const py::dict& fields) {
   EndpointConfig config;
   config.shape = shape_of(fields);
   config.rank = fields["rank"].cast<i32>();
-  config.dtype = fields["float32"].cast<bool>() ? DType::float32 : DType::bfloat16;
+  config.dtype = dtype_named(fields["dtype"].cast<std::string>());
   config.packed = fields["packed"].cast<bool>();
   config.renormalize = fields["renormalize"].cast<bool>();
+  config.weights_at_expert = fields["weights_at_expert"].cast<bool>();
+  config.format.quantize = quantize_named(fields["quantize"].cast<std::string>());
+  config.format.payload_bytes = fields["payload_bytes"].cast<u64>();
+  config.format.scale_bytes = fields["scale_bytes"].cast<u64>();
+  config.format.scales_at = fields["scales_at"].cast<u64>();
   config.expert_rank = fields["expert_rank"].cast<std::vector<i32>>();
   config.expert_local = fields["expert_local"].cast<std::vector<i32>>();
   config.num_local_experts = fields["num_local_experts"].cast<i32>();
@@ -112,6 +128,8 @@ const char* name_of(Status status) {
       return "third_round";
     case Status::bad_handle:
       return "bad_handle";
+    case Status::not_received:
+      return "not_received";
     case Status::evicted:
       return "evicted";
     case Status::closed:
@@ -140,40 +158,65 @@ const char* name_of(Evidence kind) {
   return "?";
 }
 
-py::tuple call_dispatch(Endpoint& endpoint, std::uintptr_t x, std::uintptr_t topk_idx, bool idx_is_64_bit,
-                        std::uintptr_t topk_weights, i32 num_tokens, std::uintptr_t recv_x, std::uintptr_t counts,
-                        std::uintptr_t offsets) {
-  const DispatchArgs args{
-      pointer<const u8>(x), pointer<const void>(topk_idx), idx_is_64_bit,        pointer<const float>(topk_weights),
-      num_tokens,           pointer<u8>(recv_x),           pointer<i32>(counts), pointer<i32>(offsets)};
-  DispatchResult result;
-  {
-    py::gil_scoped_release release;
-    result = endpoint.dispatch(args);
-  }
+py::tuple to_tuple(const DispatchResult& result) {
   return py::make_tuple(name_of(result.status), result.round, result.num_received, result.token, result.choice,
                         result.value);
 }
 
-py::tuple call_combine(Endpoint& endpoint, std::uintptr_t y, u64 round, std::uintptr_t out, std::uintptr_t codes,
-                       std::uintptr_t lost, bool abandon) {
-  const CombineArgs args{pointer<const u8>(y), round, pointer<u8>(out), pointer<u8>(codes), pointer<u8>(lost), abandon};
-  CombineResult result;
-  {
-    py::gil_scoped_release release;
-    result = endpoint.combine(args);
-  }
-  return py::make_tuple(name_of(result.status), result.num_lost);
+// Runs without the GIL: every one of these calls may wait for peers.
+template <class Call>
+auto unlocked(Call call) {
+  py::gil_scoped_release release;
+  return call();
+}
+
+py::tuple call_dispatch_send(Endpoint& endpoint, std::uintptr_t x, std::uintptr_t scales, std::uintptr_t topk_idx,
+                             bool idx_is_64_bit, std::uintptr_t topk_weights, i32 num_tokens) {
+  const DispatchArgs args{pointer<const u8>(x), pointer<const u8>(scales),          pointer<const void>(topk_idx),
+                          idx_is_64_bit,        pointer<const float>(topk_weights), num_tokens};
+  return to_tuple(unlocked([&] { return endpoint.dispatch_send(args); }));
+}
+
+py::tuple call_dispatch_receive(Endpoint& endpoint, u64 round, std::uintptr_t recv_x, std::uintptr_t recv_scales,
+                                std::uintptr_t recv_weights, std::uintptr_t counts, std::uintptr_t offsets) {
+  const ReceiveArgs args{round,
+                         pointer<u8>(recv_x),
+                         pointer<u8>(recv_scales),
+                         pointer<float>(recv_weights),
+                         pointer<i32>(counts),
+                         pointer<i32>(offsets)};
+  return to_tuple(unlocked([&] { return endpoint.dispatch_receive(args); }));
+}
+
+const char* call_combine_send(Endpoint& endpoint, std::uintptr_t y, u64 round) {
+  const CombineArgs args{pointer<const u8>(y), round, /*abandon=*/false};
+  return name_of(unlocked([&] { return endpoint.combine_send(args); }).status);
+}
+
+const char* call_combine_receive(Endpoint& endpoint, u64 round, std::uintptr_t out, std::uintptr_t codes,
+                                 std::uintptr_t lost) {
+  const ReduceArgs args{round, pointer<u8>(out), pointer<u8>(codes), pointer<u8>(lost)};
+  return name_of(unlocked([&] { return endpoint.combine_receive(args); }).status);
+}
+
+const char* call_abandon(Endpoint& endpoint, u64 round) {
+  return name_of(unlocked([&] { return endpoint.abandon(round); }).status);
 }
 
 // (row of recv.x, local expert, src_rank, src token, choice) of every row that a round received.
 std::vector<std::array<i32, 5>> sources(Endpoint& endpoint, u64 round) {
   std::vector<std::array<i32, 5>> out;
   const OpenRound& open = endpoint.context().rounds[round % kNumParities];
-  if (!open.open || open.round != round) return out;
-  for (const Received& row : open.received)
-    if (open.taken.has(row.src_rank))
+  if (open.stage == Stage::closed || open.round != round) return out;
+  for (i32 src = 0; src < endpoint.config().shape.num_ranks; ++src) {
+    if (!open.taken.has(src)) continue;
+    const auto first = static_cast<size_t>(open.received_from[static_cast<size_t>(src)]);
+    const auto last = static_cast<size_t>(open.received_from[static_cast<size_t>(src) + 1]);
+    for (size_t i = first; i < last; ++i) {
+      const Received& row = open.received[i];
       out.push_back({row.position, row.local_expert, row.src_rank, row.src_token, row.choice});
+    }
+  }
   return out;
 }
 
@@ -183,6 +226,15 @@ py::dict stats(Endpoint& endpoint) {
   out["num_rejected"] = endpoint.context().stats.num_rejected;
   out["num_rechecks"] = endpoint.context().stats.num_rechecks;
   out["next_round"] = endpoint.context().next_round;
+  return out;
+}
+
+// One line a rank: wait_ns, late_ns, max_late_ns, num_rows, num_bytes, num_failures.
+std::vector<std::array<u64, 6>> source_stats(Endpoint& endpoint) {
+  std::vector<std::array<u64, 6>> out;
+  for (const SourceStats& one : endpoint.context().sources)
+    out.push_back({load_relaxed(&one.wait_ns), load_relaxed(&one.late_ns), load_relaxed(&one.max_late_ns),
+                   load_relaxed(&one.num_rows), load_relaxed(&one.num_bytes), load_relaxed(&one.num_failures)});
   return out;
 }
 
@@ -199,10 +251,14 @@ void bind_endpoint(py::module_& m) {
       .def("create", &Endpoint::create, py::call_guard<py::gil_scoped_release>())
       .def("open_peers", &Endpoint::open_peers, py::call_guard<py::gil_scoped_release>())
       .def("serve", &Endpoint::serve)
-      .def("dispatch", &call_dispatch)
-      .def("combine", &call_combine)
+      .def("dispatch_send", &call_dispatch_send)
+      .def("dispatch_receive", &call_dispatch_receive)
+      .def("combine_send", &call_combine_send)
+      .def("combine_receive", &call_combine_receive)
+      .def("abandon", &call_abandon)
       .def("sources", &sources)
       .def("stats", &stats)
+      .def("source_stats", &source_stats)
       .def("open_tokens", &Endpoint::open_tokens)
       .def("close", &Endpoint::close, py::call_guard<py::gil_scoped_release>())
       .def("crashed", &Endpoint::crashed)
@@ -251,6 +307,7 @@ PYBIND11_MODULE(FA2A_MODULE_NAME, m) {
   m.doc() = "fault_a2a's native core";
   m.def("now_ns", &now_ns);
   bind_protocol(m);
+  bind_rows(m);
   bind_verdict(m);
   bind_endpoint(m);
   m.def("window_layout", [](const py::dict& fields) {
@@ -261,13 +318,13 @@ PYBIND11_MODULE(FA2A_MODULE_NAME, m) {
     out["num_partitions"] = num_partitions(shape);
     out["window_bytes"] = window_bytes(shape);
     out["control_page_bytes"] = control_page_bytes();
-    out["row_stride"] = at.row_stride;
+    out["dispatch_stride"] = at.dispatch_stride;
+    out["combine_stride"] = at.combine_stride;
     out["header_stride"] = at.header_stride;
+    out["num_halves"] = at.num_halves;
     out["num_dispatch_rows"] = at.num_dispatch_rows;
     out["num_combine_rows"] = at.num_combine_rows;
     out["max_choices"] = at.max_choices;
-    out["dispatch_signal"] = std::vector<u64>(at.dispatch_signal, at.dispatch_signal + kNumParities);
-    out["combine_signal"] = std::vector<u64>(at.combine_signal, at.combine_signal + kNumParities);
     out["row_headers"] = std::vector<u64>(at.row_headers, at.row_headers + kNumParities);
     out["dispatch_rows"] = std::vector<u64>(at.dispatch_rows, at.dispatch_rows + kNumParities);
     out["combine_rows"] = std::vector<u64>(at.combine_rows, at.combine_rows + kNumParities);

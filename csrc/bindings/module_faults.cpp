@@ -24,11 +24,11 @@ Action action_of(const std::string& name) {
   throw py::value_error("action must be kill, stop, sleep_us or crash, not " + name);
 }
 
-void arm(Endpoint& endpoint, u32 point, u64 round, const std::string& action, i64 value) {
+void arm(Endpoint& endpoint, u32 point, u64 round, const std::string& action, i64 value, i32 skip) {
   if (point >= static_cast<u32>(Point::count)) throw py::value_error("point is no index into phases()");
   for (Armed& slot : endpoint.wire().faults.armed) {
     if (slot.action != Action::none) continue;
-    slot = {static_cast<Point>(point), round, action_of(action), value};
+    slot = {static_cast<Point>(point), round, action_of(action), value, skip};
     return;
   }
   throw py::value_error("at most " + std::to_string(Faults::kNumArmed) + " faults can be armed on a rank at once");
@@ -43,6 +43,7 @@ void set_faults(Endpoint& endpoint, const py::dict& fields) {
   };
   ranks("cut", faults.cut);
   ranks("drop_signals", faults.drop_signals);
+  ranks("drop_taken", faults.drop_taken);
   if (fields.contains("seed")) faults.seed = fields["seed"].cast<u64>();
   if (fields.contains("slow_row_ns")) faults.slow_row_ns = fields["slow_row_ns"].cast<i64>();
   if (fields.contains("late_signal_ns")) faults.late_signal_ns = fields["late_signal_ns"].cast<i64>();

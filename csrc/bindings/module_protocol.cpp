@@ -37,8 +37,8 @@ py::dict unpack_signal(u64 word) {
   return out;
 }
 
-const char* read_word(u64 word, u64 round, u64 epoch) {
-  switch (read_signal(word, round, epoch)) {
+const char* name_of(Reading reading) {
+  switch (reading) {
     case Reading::absent:
       return "absent";
     case Reading::present:
@@ -55,7 +55,11 @@ void bind_protocol(py::module_& m) {
   m.def("pack_signal", &pack_signal, py::arg("round"), py::arg("epoch"), py::arg("count"), py::arg("chunk") = 0,
         py::arg("attempt") = 0, py::arg("last") = true, py::arg("declined") = false);
   m.def("unpack_signal", &unpack_signal);
-  m.def("read_signal", &read_word);
+  m.def(
+      "read_signal",
+      [](u64 word, u64 round, u64 epoch, u64 chunk) { return name_of(read_signal(word, round, epoch, chunk)); },
+      py::arg("word"), py::arg("round"), py::arg("epoch"), py::arg("chunk") = 0);
+  m.def("read_taken", [](u64 word, u64 round, u64 chunk) { return name_of(read_taken(word, round, chunk)); });
   m.def("rounds_ahead", &rounds_ahead);
   m.def("slot_is_free", &slot_is_free);
   m.def("fresh_word", &fresh_word);

@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "protocol/guards.hpp"
+#include "protocol/rank_state.hpp"
 
 namespace fa2a {
 
@@ -38,13 +39,8 @@ Evidence Detector::judge_silence(Peer& peer, const OwnWait& wait, const Timeouts
 // beats, by another path, would otherwise hide for ever.
 Evidence Detector::judge_link(Peer& peer, const PeerSample& sample, const OwnWait& wait,
                               const Timeouts& timeouts) const {
-  const u64 mask = progress_field::Round::max;
-  const u64 half = 1ull << (progress_field::Round::bits - 1);
-  const u64 signalled = wait.phase == Phase::combine_wait ? sample.combines_signalled[wait.round % kNumParities]
-                                                          : sample.dispatches_signalled;
   // Only the word being looked at is known to be absent: others that a kernel will come to may have arrived.
-  const bool in_wait = wait.absent && (wait.phase == Phase::combine_wait || wait.phase == Phase::dispatch_wait);
-  const bool past_it = in_wait && signalled != 0 && ((signalled - 1 - wait.round) & mask) < half;
+  const bool past_it = wait.absent && was_sent(sample.sent, wait.word);
   if (!past_it) {
     peer.link_since_ns = 0;
     return Evidence::none;

@@ -16,16 +16,14 @@ struct PeerSample {
   bool readable = true;     // false when the path to its control page is lost: every word then stands still
   u64 process_beat = 0;
   u64 progress = 0;
-  u64 dispatches_signalled = 0;
-  u64 combines_signalled[kNumParities] = {};
+  u64 sent = 0;  // what it last stored for this rank, of the kind that this rank looks for
 };
 
 // What this rank's own kernels say about the peer.
 struct OwnWait {
   i64 since_ns = 0;     // 0: nobody waits for it
   bool absent = false;  // a kernel looks at its word this moment, and it is not there
-  u64 round = 0;        // low bits, as in a progress word
-  Phase phase = Phase::idle;
+  u64 word = 0;         // which one; see pack_waiting
   bool kernel_suspects = false;
 };
 

@@ -28,17 +28,18 @@ Pulse::Pulse(std::vector<ControlPage*> pages, RankState& state, const PulseOptio
 Pulse::~Pulse() { leave(); }
 
 void Pulse::start() {
+  if (!kWatched) return;
   thread_ = std::thread([this] { run(); });
 }
 
 void Pulse::leave() {
-  if (!thread_.joinable()) return;
   {
     // Under the mutex: a caller of next_proposal() is either before its look at `ending_` or asleep already.
     std::lock_guard<std::mutex> lock(mutex_);
     ending_.store(true);
   }
   changed_.notify_all();
+  if (!thread_.joinable()) return;
   ring_pulse(own());
   thread_.join();
 }
@@ -91,8 +92,6 @@ Evidence Pulse::look_at(i32 rank) {
   sample.readable = readable(rank);
   sample.process_beat = load_acquire(&page.process_beat);
   sample.progress = load_acquire(&page.progress);
-  sample.dispatches_signalled = load_acquire(&page.dispatches_signalled);
-  for (u32 p = 0; p < kNumParities; ++p) sample.combines_signalled[p] = load_acquire(&page.combines_signalled[p]);
   // The leave is published first and the word let go after; seen in the other order, the leave must be looked at again.
   if (sample.owner_died || sample.has_exited)
     sample.life = static_cast<Life>(__atomic_load_n(&page.life, __ATOMIC_SEQ_CST));
@@ -101,9 +100,10 @@ Evidence Pulse::look_at(i32 rank) {
   wait.since_ns = static_cast<i64>(load_relaxed(&state_.waiting_since_ns[rank]));
   if (wait.since_ns == 0 && awaited_promises_.has(rank)) wait.since_ns = awaited_since_ns_;
   wait.absent = load_relaxed(&state_.waiting_peer) == static_cast<u64>(rank) + 1;
-  const u64 waiting = load_relaxed(&state_.waiting_progress);
-  wait.round = progress_field::Round::unpack(waiting);
-  wait.phase = static_cast<Phase>(progress_field::Phase::unpack(waiting));
+  wait.word = load_relaxed(&state_.waiting_word);
+  const u64 kind = signal_field::Attempt::unpack(wait.word) % kNumWordKinds;
+  const u64 parity = signal_field::Round::unpack(wait.word) % kNumParities;
+  sample.sent = load_acquire(&page.sent[options_.agreement.rank].words[kind][parity]);
   wait.kernel_suspects = is_suspect(state_, rank) && !marked_.has(rank);
   const Timeouts timeouts{static_cast<i64>(load_relaxed(&state_.silence_ns[rank])), options_.link_ns};
   return detector_.judge(rank, sample, wait, timeouts);
@@ -264,6 +264,9 @@ void Pulse::rest(i64 now) {
 
 std::optional<Decision> Pulse::next_proposal(i64 timeout_ns) {
   std::unique_lock<std::mutex> lock(mutex_);
+  // Without a pulse nothing is ever proposed, and a caller that asks again and again would be a helper thread after
+  // all.
+  if (!kWatched) timeout_ns = 3600 * 1000 * kNsPerMs;
   if (!proposal_ && !ending_.load()) changed_.wait_for(lock, std::chrono::nanoseconds(timeout_ns));
   std::optional<Decision> out;
   out.swap(proposal_);

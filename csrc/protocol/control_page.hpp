@@ -42,6 +42,23 @@ struct Decision {
   char reason[kReasonBytes] = {};
 };
 
+// The four kinds of word that one rank polls and another stores.
+enum class WordKind : u32 { dispatch_signal, combine_signal, dispatch_taken, combine_taken };
+constexpr u32 kNumWordKinds = 4;
+
+FA2A_HD constexpr WordKind signal_kind(Verb verb) {
+  return verb == Verb::dispatch ? WordKind::dispatch_signal : WordKind::combine_signal;
+}
+FA2A_HD constexpr WordKind taken_kind(Verb verb) {
+  return verb == Verb::dispatch ? WordKind::dispatch_taken : WordKind::combine_taken;
+}
+
+// What this rank last stored into one peer's window, kept where the peer's host thread can read it by another path: a
+// word that stands here and does not arrive there is a lost link.
+struct SentWords {
+  u64 words[kNumWordKinds][kNumParities];
+};
+
 // Whatever one rank publishes and others read at any time. The copy that `version` names stands still while the other
 // one is written, so a writer that dies or is stopped in mid-update leaves the record before it, whole. (One copy
 // behind a count that is odd while it is written would stay unreadable for ever, and take its owner's votes with it.)
@@ -83,8 +100,6 @@ struct ControlPage {
   alignas(kLine) u32 death_word = 0;  // the kernel sets bit 30 when its holder thread is gone
   alignas(kLine) u64 process_beat = 0;
   alignas(kLine) u64 progress = 0;
-  u64 dispatches_signalled = 0;               // rounds whose dispatch every peer was told of
-  u64 combines_signalled[kNumParities] = {};  // round + 1 of the newest combine signalled, by parity
   alignas(kLine) u32 life = 0;
 
   alignas(kLine) u32 doorbell = 0;    // rung by peers after a signal, when somebody waits
@@ -97,6 +112,7 @@ struct ControlPage {
   alignas(kLine) TwoCopies<Decision> decision;
   alignas(kLine) u64 accusations_version = 0;
   u64 accusations[kMaxRanks] = {};
+  alignas(kLine) SentWords sent[kMaxRanks];
   alignas(kLine) u64 fault_at_ns = 0;  // test build: when this rank was about to fail
 };
 

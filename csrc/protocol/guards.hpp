@@ -18,6 +18,10 @@ namespace fa2a {
   X(epoch_compare)        /* a word signed in another view is not taken                        */ \
   X(clamp_count)          /* a peer's count never bounds a loop                                */ \
   X(check_index)          /* a peer's index never addresses memory                             */ \
+  X(chunk_compare)        /* a word of the chunk before is not this chunk's signal             */ \
+  X(chunk_consent)        /* half of a stream's slots is refilled only after its reader's word */ \
+  X(claims_met)           /* a source that sends other rows than it announced is not taken     */ \
+  X(mutual_wait)          /* a tick excuses nobody who waits for the one that judges           */ \
   X(combine_count)        /* the owner compares the rows that came back with those it sent     */ \
   X(one_answer)           /* a source that was not taken still gets a declined answer          */ \
   X(third_round)          /* dispatch of r+2 only after combine r                              */ \
@@ -30,6 +34,7 @@ namespace fa2a {
   X(view_once)            /* a round keeps the view that it began with                         */ \
   X(all_promised)         /* every next member has promised, a quorum is not enough            */ \
   X(release_word)         /* the host can end any wait                                         */ \
+  X(copy_fence)           /* rows stored past the cache are there before their signal is       */ \
   X(record_before_answer) /* one word, stored last, says which copy of a record counts       */   \
   X(frozen_records)       /* a dead member is discounted by its frozen record only             */ \
   X(records_at_accept)    /* in counting accepts as much as in prepare                         */
@@ -44,8 +49,23 @@ enum Guard : u32 {
 #if defined(FA2A_TEST_HOOKS) && FA2A_TEST_HOOKS
 extern u64 guards_off;  // one bit a guard; lives in csrc/host/hooks.cpp
 FA2A_HD bool guarded(Guard guard) { return (guards_off >> guard & 1ull) == 0; }
+#elif defined(FA2A_BENCH_UNCHECKED) && FA2A_BENCH_UNCHECKED
+// What benchmarks/price.py compares with, in no wheel: only what a round in which nothing goes wrong cannot do without.
+// An old word must still be told from a new one, a full slot from a free one within a stream, rows must be there before
+// their signal, and a round that took a second view would do more, not less.
+FA2A_HD constexpr bool guarded(Guard guard) {
+  return guard == guard_round_compare || guard == guard_chunk_compare || guard == guard_chunk_consent ||
+         guard == guard_copy_fence || guard == guard_view_once;
+}
 #else
 FA2A_HD constexpr bool guarded(Guard) { return true; }
+#endif
+
+// Whether peers and the host thread watch this rank. The unchecked core has no pulse, so nobody reads what is shown.
+#if defined(FA2A_BENCH_UNCHECKED) && FA2A_BENCH_UNCHECKED
+constexpr bool kWatched = false;
+#else
+constexpr bool kWatched = true;
 #endif
 
 }  // namespace fa2a

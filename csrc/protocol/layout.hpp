@@ -9,6 +9,7 @@ namespace fa2a {
 constexpr u64 kLine = 64;  // a word that is polled has a cache line of its own
 constexpr u64 kPage = 4096;
 constexpr u32 kNumParities = 2;  // rounds r and r+1 may be open together
+constexpr u32 kNumHalves = 2;    // of a stream's slots: one is filled while the other is read
 constexpr u64 kPartitionMagic = 0x6661326170617274ull;
 
 // What the sizes follow from. Every rank of a group has the same shape; its hash is compared at construction.
@@ -16,9 +17,11 @@ struct Shape {
   i32 num_ranks = 0;
   i32 num_experts = 0;
   i32 num_topk = 0;
-  i32 num_max_tokens = 0;     // per rank
+  i32 num_max_tokens = 0;     // per rank and round
+  i32 num_chunk_tokens = 0;   // rounds of more tokens travel as a stream of chunks of so many
   i32 max_local_experts = 0;  // the largest number of experts on one rank
-  i32 hidden_bytes = 0;
+  i32 dispatch_bytes = 0;     // of a row on its way out, scales included
+  i32 hidden_bytes = 0;       // of a row on its way back
   i32 num_spare_partitions = 1;
   i32 reduce_at_expert = 0;  // 0: one combine row per (token, choice); 1: one per (token, rank)
 };
@@ -57,42 +60,56 @@ class Cursor {
   u64 at_ = 0;
 };
 
+// The two directions of a round; each has words and rows of its own.
+enum class Verb : u32 { dispatch, combine };
+constexpr u32 kNumVerbs = 2;
+
 // One (owner, writer) partition: the only memory that this writer may store into in this owner's window.
 struct PartitionLayout {
   u64 header = 0;
-  u64 progress = 0;  // the writer's progress word
-  u64 dispatch_signal[kNumParities] = {};
-  u64 combine_signal[kNumParities] = {};
-  u64 row_headers[kNumParities] = {};  // dispatch and combine never share bytes
-  u64 dispatch_rows[kNumParities] = {};
+  u64 progress = 0;                                      // the writer's progress word
+  u64 signal[kNumVerbs][kNumParities][kNumHalves] = {};  // of the writer's chunks
+  u64 taken[kNumVerbs][kNumParities] = {};               // by the writer, of the owner's chunks
+  u64 claims[kNumParities] = {};                         // rows for each of the owner's experts
+  u64 row_headers[kNumParities] = {};
+  u64 dispatch_rows[kNumParities] = {};  // dispatch and combine never share bytes
   u64 combine_rows[kNumParities] = {};
   u64 header_stride = 0;
-  u64 row_stride = 0;
-  i32 num_dispatch_rows = 0;
-  i32 num_combine_rows = 0;
-  i32 max_choices = 0;  // of one token on one rank
+  u64 dispatch_stride = 0;
+  u64 combine_stride = 0;
+  i32 num_halves = 0;         // 1 when every round fits into one chunk
+  i32 num_dispatch_rows = 0;  // of one half
+  i32 num_combine_rows = 0;   // of one half
+  i32 max_choices = 0;        // of one token on one rank
   u64 num_bytes = 0;
 };
 
 FA2A_HD constexpr PartitionLayout partition_layout(const Shape& shape) {
   PartitionLayout at;
+  at.num_halves = shape.num_max_tokens > shape.num_chunk_tokens ? static_cast<i32>(kNumHalves) : 1;
   at.max_choices = shape.num_topk < shape.max_local_experts ? shape.num_topk : shape.max_local_experts;
-  at.num_dispatch_rows = shape.num_max_tokens;
-  at.num_combine_rows = shape.reduce_at_expert ? shape.num_max_tokens : shape.num_max_tokens * at.max_choices;
+  at.num_dispatch_rows = shape.num_chunk_tokens;
+  at.num_combine_rows = shape.reduce_at_expert ? shape.num_chunk_tokens : shape.num_chunk_tokens * at.max_choices;
   at.header_stride = round_up(sizeof(RowHeader) + sizeof(RowChoice) * static_cast<u64>(at.max_choices), 16);
-  at.row_stride = round_up(static_cast<u64>(shape.hidden_bytes), kLine);
+  at.dispatch_stride = round_up(static_cast<u64>(shape.dispatch_bytes), kLine);
+  at.combine_stride = round_up(static_cast<u64>(shape.hidden_bytes), kLine);
 
   Cursor cursor;
   at.header = cursor.take(sizeof(PartitionHeader), kLine);
   at.progress = cursor.take(sizeof(u64), kLine);
-  for (u32 p = 0; p < kNumParities; ++p) at.dispatch_signal[p] = cursor.take(sizeof(u64), kLine);
-  for (u32 p = 0; p < kNumParities; ++p) at.combine_signal[p] = cursor.take(sizeof(u64), kLine);
+  for (u32 verb = 0; verb < kNumVerbs; ++verb) {
+    for (u32 p = 0; p < kNumParities; ++p) {
+      for (u32 half = 0; half < kNumHalves; ++half) at.signal[verb][p][half] = cursor.take(sizeof(u64), kLine);
+      at.taken[verb][p] = cursor.take(sizeof(u64), kLine);
+    }
+  }
+  const u64 dispatch_slots = static_cast<u64>(at.num_dispatch_rows) * static_cast<u64>(at.num_halves);
+  const u64 combine_slots = static_cast<u64>(at.num_combine_rows) * static_cast<u64>(at.num_halves);
   for (u32 p = 0; p < kNumParities; ++p)
-    at.row_headers[p] = cursor.take(at.header_stride * static_cast<u64>(at.num_dispatch_rows), kLine);
-  for (u32 p = 0; p < kNumParities; ++p)
-    at.dispatch_rows[p] = cursor.take(at.row_stride * static_cast<u64>(at.num_dispatch_rows), kLine);
-  for (u32 p = 0; p < kNumParities; ++p)
-    at.combine_rows[p] = cursor.take(at.row_stride * static_cast<u64>(at.num_combine_rows), kLine);
+    at.claims[p] = cursor.take(sizeof(i32) * static_cast<u64>(shape.max_local_experts), kLine);
+  for (u32 p = 0; p < kNumParities; ++p) at.row_headers[p] = cursor.take(at.header_stride * dispatch_slots, kLine);
+  for (u32 p = 0; p < kNumParities; ++p) at.dispatch_rows[p] = cursor.take(at.dispatch_stride * dispatch_slots, kLine);
+  for (u32 p = 0; p < kNumParities; ++p) at.combine_rows[p] = cursor.take(at.combine_stride * combine_slots, kLine);
   at.num_bytes = round_up(cursor.end(), kPage);
   return at;
 }
@@ -106,13 +123,9 @@ FA2A_HD constexpr u64 window_bytes(const Shape& shape) {
 
 // Two ranks built for different shapes must not exchange a byte: FNV-1a over every field.
 FA2A_HD constexpr u64 shape_hash(const Shape& shape) {
-  const i32 fields[] = {shape.num_ranks,
-                        shape.num_experts,
-                        shape.num_topk,
-                        shape.num_max_tokens,
-                        shape.max_local_experts,
-                        shape.hidden_bytes,
-                        shape.num_spare_partitions,
+  const i32 fields[] = {shape.num_ranks,       shape.num_experts,      shape.num_topk,
+                        shape.num_max_tokens,  shape.num_chunk_tokens, shape.max_local_experts,
+                        shape.dispatch_bytes,  shape.hidden_bytes,     shape.num_spare_partitions,
                         shape.reduce_at_expert};
   u64 hash = 14695981039346656037ull;
   for (i32 field : fields) hash = (hash ^ static_cast<u64>(static_cast<u32>(field))) * 1099511628211ull;

@@ -15,6 +15,18 @@ constexpr u64 kNoLimit = ~0ull;
 // Why the host ends every wait of this rank. Any bit set ends them.
 enum Release : u64 { release_evicted = 1, release_closing = 2, release_quorum_lost = 4 };
 
+// A word that is waited for: its round and chunk as in a signal, and its kind where an attempt would stand.
+FA2A_HD constexpr u64 pack_waiting(WordKind kind, u64 round, u64 chunk) {
+  return signal_field::Round::pack(round) | signal_field::Chunk::pack(chunk) |
+         signal_field::Attempt::pack(static_cast<u64>(kind));
+}
+
+// Has the writer stored the word that is waited for, or a later one?
+FA2A_HD constexpr bool was_sent(u64 sent, u64 waiting) {
+  const i64 ahead = rounds_ahead(sent, signal_field::Round::unpack(waiting));
+  return ahead > 0 || (ahead == 0 && chunks_ahead(sent, signal_field::Chunk::unpack(waiting)) >= 0);
+}
+
 struct RankState {
   alignas(kLine) u64 started = 0;             // rounds begun so far; round r is number r + 1
   alignas(kLine) u64 round_limit = kNoLimit;  // rounds from here on wait for a view
@@ -24,7 +36,7 @@ struct RankState {
   // Whom this rank waits for now, since when and in which (round, phase): the detector counts time only then.
   alignas(kLine) u64 waiting_since_ns[kMaxRanks] = {};
   alignas(kLine) u64 waiting_peer = 0;  // rank + 1 of the one whose word is being looked at now; 0: nobody's
-  u64 waiting_progress = 0;             // packed as a progress word
+  u64 waiting_word = 0;                 // which word that is; see pack_waiting
   // Changeable while the group runs.
   alignas(kLine) u64 silence_ns[kMaxRanks] = {};
   u64 stall_ns[kMaxRanks] = {};

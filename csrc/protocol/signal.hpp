@@ -66,17 +66,37 @@ FA2A_HD constexpr i64 rounds_ahead(u64 word, u64 round) {
 
 enum class Reading : u32 { absent, present, declined };
 
-// A reader expects exactly one (round, epoch). An older round is "not yet". A later round means the writer has given
-// this one up: comparing for equality instead would leave an overtaken rank waiting for ever. The same round signed in
-// another view is never taken: its rows were routed under a membership this reader does not use.
-FA2A_HD Reading read_signal(u64 word, u64 round, u64 epoch) {
+// How many chunks the word is ahead of `chunk`, by the same arithmetic: a writer is never more than two chunks ahead of
+// its reader, so 8 bits number a stream of any length.
+FA2A_HD constexpr i64 chunks_ahead(u64 word, u64 chunk) {
+  const u64 distance = (signal_field::Chunk::unpack(word) - chunk) & signal_field::Chunk::max;
+  const u64 half = 1ull << (signal_field::Chunk::bits - 1);
+  return distance < half ? static_cast<i64>(distance) : static_cast<i64>(distance) - 2 * static_cast<i64>(half);
+}
+
+// A reader expects exactly one (round, epoch) and, in a stream, one chunk. An older round is "not yet". A later round
+// means the writer has given this one up: comparing for equality instead would leave an overtaken rank waiting for
+// ever. The same round signed in another view is never taken: its rows were routed under a membership this reader does
+// not use.
+FA2A_HD Reading read_signal(u64 word, u64 round, u64 epoch, u64 chunk = 0) {
   const i64 ahead = rounds_ahead(word, round);
   if (ahead < 0 && guarded(guard_round_compare)) return Reading::absent;
   if (ahead > 0) return guarded(guard_later_declined) ? Reading::declined : Reading::absent;
   if (signal_field::Declined::unpack(word) != 0) return Reading::declined;
   if (signal_field::Epoch::unpack(word) != (epoch & signal_field::Epoch::max) && guarded(guard_epoch_compare))
     return Reading::declined;
-  return Reading::present;
+  // The chunk that stood in this half before is "not yet"; a later one was stored over what I have not read.
+  const i64 later = chunks_ahead(word, chunk);
+  if (later < 0 && guarded(guard_chunk_compare)) return Reading::absent;
+  return later > 0 ? Reading::declined : Reading::present;
+}
+
+// A writer reads what its reader has taken of its stream: has it got as far as `chunk`, which frees that chunk's half?
+FA2A_HD Reading read_taken(u64 word, u64 round, u64 chunk) {
+  const i64 ahead = rounds_ahead(word, round);
+  if (ahead < 0) return Reading::absent;
+  if (ahead > 0 || signal_field::Declined::unpack(word) != 0) return Reading::declined;
+  return chunks_ahead(word, chunk) >= 0 ? Reading::present : Reading::absent;
 }
 
 // Consent: the reader's own later word says that it has copied round - 2 out of the slot. Any epoch will do, because
@@ -102,7 +122,8 @@ using Phase = Field<32, 8>;
 using Tick = Field<0, 32>;
 }  // namespace progress_field
 
-enum class Phase : u32 { idle, gate, dispatch_send, dispatch_wait, experts, combine_send, combine_wait, closed };
+// `caller`: between two calls of a round, in the experts or whatever else its caller does.
+enum class Phase : u32 { idle, gate, dispatch_send, dispatch_wait, caller, combine_send, combine_wait, closed };
 
 FA2A_HD constexpr u64 pack_progress(u64 round, Phase phase, u64 tick) {
   return progress_field::Round::pack(round) | progress_field::Phase::pack(static_cast<u64>(phase)) |

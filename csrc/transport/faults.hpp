@@ -22,6 +22,7 @@ struct Armed {
   u64 round = 0;
   Action action = Action::none;
   i64 value = 0;  // sleep: microseconds
+  i32 skip = 0;   // how often the point is passed first; a stream comes to it once a chunk
 };
 
 // What a lying peer writes wrong. One bit each; chosen at random among the set ones, by seed.
@@ -34,13 +35,15 @@ enum Lie : u32 {
   lie_combine_count = 32,  // one row fewer comes back than was sent
   lie_old_round = 64,      // a signal of two rounds ago
   lie_old_epoch = 128,     // a signal of the epoch before
-  lie_future = 256         // a signal far ahead
+  lie_future = 256,        // a signal far ahead
+  lie_claims = 512         // other numbers of rows than will come
 };
 
 struct Faults {
   u64 seed = 1;
   RankSet cut;             // loses everything between this rank and those
   RankSet drop_signals;    // loses data signals only; beats pass
+  RankSet drop_taken;      // loses the words that give chunks back
   i64 slow_row_ns = 0;     // sleeps up to this long before each row, at random
   i64 late_signal_ns = 0;  // and before each signal
   bool ignore_consent = false;
@@ -51,10 +54,12 @@ struct Faults {
   Armed armed[kNumArmed];
   std::atomic<u64> num_faults{0};
 
-  void put_rows(i32 dst, void* to, const void* from, u64 num_bytes);
+  // True: the row is lost, or was stored here in its own slow way.
+  bool put_row(i32 dst, u8* to, const u8* from, u64 num_bytes);
   // False: lost on the way.
   bool put_signal(i32 dst, u64* word, u64 value, bool combine);
   void lie_about(RowHeader* stored);
+  void lie_about_claims(i32* claims, i32 num_experts);
   // lie_combine_count: the first row of each answer never arrives.
   bool loses_answer(i32 dst);
   void at(Point point, u64 round, Fabric& fabric);

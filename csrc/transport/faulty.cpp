@@ -20,17 +20,14 @@ u64 Faults::next_random() {  // splitmix64, public domain, Sebastiano Vigna
   return z ^ (z >> 31);
 }
 
-void Faults::put_rows(i32 dst, void* to, const void* from, u64 num_bytes) {
-  if (cut.has(dst)) return;
-  if (slow_row_ns > 0) {
-    // In two halves, so that a reader without its guard finds a torn row and not only a late one.
-    memcpy(to, from, num_bytes / 2);
-    sleep_ns(static_cast<i64>(next_random() % static_cast<u64>(slow_row_ns)));
-    memcpy(static_cast<u8*>(to) + num_bytes / 2, static_cast<const u8*>(from) + num_bytes / 2,
-           num_bytes - num_bytes / 2);
-    return;
-  }
-  memcpy(to, from, num_bytes);
+bool Faults::put_row(i32 dst, u8* to, const u8* from, u64 num_bytes) {
+  if (cut.has(dst)) return true;
+  if (slow_row_ns <= 0) return false;
+  // In two halves, so that a reader without its guard finds a torn row and not only a late one.
+  memcpy(to, from, num_bytes / 2);
+  sleep_ns(static_cast<i64>(next_random() % static_cast<u64>(slow_row_ns)));
+  memcpy(to + num_bytes / 2, from + num_bytes / 2, num_bytes - num_bytes / 2);
+  return true;
 }
 
 bool Faults::put_signal(i32 dst, u64* word, u64 value, bool combine) {
@@ -66,9 +63,17 @@ void Faults::lie_about(RowHeader* stored) {
   if (lying(lie_num_choices)) stored->num_choices = wild;
 }
 
+void Faults::lie_about_claims(i32* claims, i32 num_experts) {
+  if (!lying(lie_claims)) return;
+  const i32 wrong[] = {claims[0] + 1, claims[0] - 1, -7, 1 << 30};
+  claims[next_random() % static_cast<u64>(num_experts)] = wrong[next_random() % 4];
+  num_faults.fetch_add(1);
+}
+
 void Faults::at(Point point, u64 round, Fabric& fabric) {
   for (Armed& one : armed) {
     if (one.action == Action::none || one.point != point || one.round != round) continue;
+    if (one.skip-- > 0) continue;
     const Armed fault = one;
     one.action = Action::none;
     num_faults.fetch_add(1);

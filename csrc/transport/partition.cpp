@@ -9,8 +9,12 @@ void prepare_partition(u8* partition, const Shape& shape, i32 owner, i32 writer,
   auto* header = reinterpret_cast<PartitionHeader*>(partition + at.header);
   *header = {kPartitionMagic, shape_hash(shape), incarnation, owner, writer};
   for (u32 parity = 0; parity < kNumParities; ++parity) {
-    store_release(reinterpret_cast<u64*>(partition + at.dispatch_signal[parity]), fresh_word(first_round, parity));
-    store_release(reinterpret_cast<u64*>(partition + at.combine_signal[parity]), fresh_word(first_round, parity));
+    for (u32 verb = 0; verb < kNumVerbs; ++verb) {
+      for (u32 half = 0; half < kNumHalves; ++half)
+        store_release(reinterpret_cast<u64*>(partition + at.signal[verb][parity][half]),
+                      fresh_word(first_round, parity));
+      store_release(reinterpret_cast<u64*>(partition + at.taken[verb][parity]), fresh_word(first_round, parity));
+    }
   }
 }
 

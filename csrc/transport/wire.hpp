@@ -3,7 +3,9 @@
 
 #include <string.h>
 
+#include "host/copy.hpp"
 #include "host/doorbell.hpp"
+#include "protocol/guards.hpp"
 #include "protocol/layout.hpp"
 #include "protocol/memory.hpp"
 #include "protocol/phases.hpp"
@@ -19,9 +21,11 @@ class Wire {
   explicit Wire(Fabric& fabric) : fabric_(fabric) {}
 
 #if defined(FA2A_TEST_HOOKS) && FA2A_TEST_HOOKS
-  void put_rows(i32 dst, void* to, const void* from, u64 num_bytes) { faults.put_rows(dst, to, from, num_bytes); }
-  void put_answer(i32 dst, void* to, const void* from, u64 num_bytes) {
-    if (!faults.loses_answer(dst)) faults.put_rows(dst, to, from, num_bytes);
+  void put_row(i32 dst, u8* to, const u8* from, u64 num_bytes, bool streamed) {
+    if (!faults.put_row(dst, to, from, num_bytes)) store_row(to, from, num_bytes, streamed);
+  }
+  void put_answer(i32 dst, u8* to, const u8* from, u64 num_bytes, bool streamed) {
+    if (!faults.loses_answer(dst)) put_row(dst, to, from, num_bytes, streamed);
   }
   void put_row_header(i32 dst, RowHeader* to, const RowHeader& header, const RowChoice* choices) {
     if (faults.cut.has(dst)) return;
@@ -29,7 +33,18 @@ class Wire {
     faults.lie_about(to);
   }
   void put_signal(i32 dst, u64* word, u64 value, bool combine) {
+    finish_copies();
     if (faults.put_signal(dst, word, value, combine)) ring_doorbell(fabric_.page(dst));
+  }
+  void put_taken(i32 dst, u64* word, u64 value) {
+    if (faults.cut.has(dst) || faults.drop_taken.has(dst)) return;
+    store_release(word, value);
+    ring_doorbell(fabric_.page(dst));
+  }
+  void put_claims(i32 dst, void* to, i32* claims, i32 num_experts) {
+    if (faults.cut.has(dst)) return;
+    faults.lie_about_claims(claims, num_experts);
+    memcpy(to, claims, sizeof(i32) * static_cast<u64>(num_experts));
   }
   void put_progress(i32 dst, u64* word, u64 value) {
     if (!faults.cut.has(dst)) store_release(word, value);
@@ -39,21 +54,40 @@ class Wire {
 
   Faults faults;
 #else
-  void put_rows(i32, void* to, const void* from, u64 num_bytes) { memcpy(to, from, num_bytes); }
-  void put_answer(i32, void* to, const void* from, u64 num_bytes) { memcpy(to, from, num_bytes); }
+  // `streamed`: past the cache. Its order is put_signal's business.
+  void put_row(i32, u8* to, const u8* from, u64 num_bytes, bool streamed) { store_row(to, from, num_bytes, streamed); }
+  void put_answer(i32, u8* to, const u8* from, u64 num_bytes, bool streamed) {
+    store_row(to, from, num_bytes, streamed);
+  }
   void put_row_header(i32, RowHeader* to, const RowHeader& header, const RowChoice* choices) {
     store_row_header(to, header, choices);
   }
   void put_signal(i32 dst, u64* word, u64 value, bool) {
+    finish_copies();
     store_release(word, value);
     ring_doorbell(fabric_.page(dst));
   }
-  void put_progress(i32, u64* word, u64 value) { store_release(word, value); }
+  void put_taken(i32 dst, u64* word, u64 value) {
+    store_release(word, value);
+    ring_doorbell(fabric_.page(dst));
+  }
+  void put_claims(i32, void* to, const i32* claims, i32 num_experts) {
+    memcpy(to, claims, sizeof(i32) * static_cast<u64>(num_experts));
+  }
+  void put_progress(i32, u64* word, u64 value) {
+    if (kWatched) store_release(word, value);
+  }
   static constexpr bool ignores_consent() { return false; }
   void at(Point, u64) {}
 #endif
 
  private:
+  static void store_row(u8* to, const u8* from, u64 num_bytes, bool streamed) {
+    if (streamed)
+      stream_row(to, from, num_bytes);
+    else
+      copy_row(to, from, num_bytes);
+  }
   static void store_row_header(RowHeader* to, const RowHeader& header, const RowChoice* choices) {
     *to = header;
     memcpy(to + 1, choices, sizeof(RowChoice) * static_cast<u64>(header.num_choices));

@@ -222,8 +222,8 @@ class _Probe:
         import torch
 
         from fault_a2a._core import core
-        from fault_a2a.buffer import core_fields
         from fault_a2a.config import Config
+        from fault_a2a.core_fields import core_fields
 
         config = Config(num_experts=2, hidden=8, num_topk=1, num_max_tokens_per_rank=1, dtype=torch.float32)
         self.endpoint = core.Endpoint(core_fields(config, 2, rank), None, token)
@@ -286,14 +286,15 @@ def _window(args: argparse.Namespace) -> Found:
 def window_parts(config: Config, num_ranks: int) -> Found:
     """The bytes that one rank exports, part by part; ``recv_x_bytes`` stands beside them: it is private memory."""
     from fault_a2a._core import core
-    from fault_a2a.buffer import window_fields
+    from fault_a2a.core_fields import window_fields
 
     layout = core.window_layout(window_fields(config, num_ranks))
     parities = len(layout["dispatch_rows"])
+    slots = parities * layout["num_halves"]
     one = {
-        "dispatch_rows": parities * layout["num_dispatch_rows"] * layout["row_stride"],
-        "combine_rows": parities * layout["num_combine_rows"] * layout["row_stride"],
-        "row_headers": parities * layout["num_dispatch_rows"] * layout["header_stride"],
+        "dispatch_rows": slots * layout["num_dispatch_rows"] * layout["dispatch_stride"],
+        "combine_rows": slots * layout["num_combine_rows"] * layout["combine_stride"],
+        "row_headers": slots * layout["num_dispatch_rows"] * layout["header_stride"],
     }
     one["signals_and_padding"] = layout["partition_bytes"] - sum(one.values())
     num_partitions = layout["num_partitions"]

@@ -1,13 +1,12 @@
-// Combine on the CPU: expert rows go back to their owners, each owner sums what arrived and says exactly what did not.
-#include <string.h>
-
-#include "kernels/cpu/machine.hpp"
+// Combine on the CPU, the half that sends: expert rows go back to their owners, and everybody gets an answer.
 #include "kernels/cpu/rows.hpp"
+#include "kernels/cpu/stream.hpp"
 
 namespace fa2a {
 
 namespace {
 
+// Entries of `received` that came from one source, in the order of its rows; what goes back goes in the same order.
 struct Span {
   const Received* first;
   const Received* last;
@@ -18,212 +17,124 @@ Span rows_of(const OpenRound& open, i32 src) {
   return {all + open.received_from[static_cast<size_t>(src)], all + open.received_from[static_cast<size_t>(src) + 1]};
 }
 
-// One combine row per choice, as the expert wrote it.
-u64 return_choices(Context& c, const CombineArgs& args, const OpenRound& open, i32 owner, u8* slots) {
-  const auto hidden_bytes = static_cast<u64>(c.shape.hidden_bytes);
+i32 num_answers_to(const Context& c, const OpenRound& open, i32 owner) {
+  if (c.shape.reduce_at_expert) return open.in[static_cast<size_t>(owner)].num_rows;
   const Span rows = rows_of(open, owner);
+  return static_cast<i32>(rows.last - rows.first);
+}
+
+// One combine row per choice, as the expert wrote it.
+u64 return_choices(Context& c, const OpenRound& open, i32 owner, i32 chunk, u8* slots) {
+  const auto hidden_bytes = static_cast<u64>(c.shape.hidden_bytes);
+  const Span all = rows_of(open, owner);
+  const Received* row = all.first + static_cast<i64>(chunk) * c.at.num_combine_rows;
   u64 count = 0;
-  for (const Received* row = rows.first; row != rows.last; ++row, ++count)
-    c.wire->put_answer(owner, slots + c.at.row_stride * count, args.y + hidden_bytes * static_cast<u64>(row->position),
-                       hidden_bytes);
+  for (; row < all.last && count < static_cast<u64>(c.at.num_combine_rows); ++row, ++count)
+    c.wire->put_answer(owner, slots + c.at.combine_stride * count,
+                       open.y + hidden_bytes * static_cast<u64>(row->position), hidden_bytes, open.streamed);
   return count;
 }
 
 // One combine row per token: this rank's choices of it, weighted and summed here.
-u64 return_sums(Context& c, const CombineArgs& args, const OpenRound& open, i32 owner, u8* slots, i32 hidden) {
+u64 return_sums(Context& c, const OpenRound& open, i32 owner, i32 chunk, u8* slots) {
   const auto hidden_bytes = static_cast<u64>(c.shape.hidden_bytes);
   const Span rows = rows_of(open, owner);
-  std::vector<float> sum(static_cast<size_t>(hidden));
-  std::vector<u8> rounded(hidden_bytes);
+  const i32 first_row = chunk * c.at.num_combine_rows;
+  // Rows of a source stand in order, so its row `first_row` is found by halving.
+  const Received* row = rows.first;
+  for (i64 step = rows.last - rows.first; step > 0;) {
+    const i64 half = step / 2;
+    if (row[half].src_row < first_row) {
+      row += half + 1;
+      step -= half + 1;
+    } else {
+      step = half;
+    }
+  }
+  std::vector<const u8*> parts;
+  std::vector<float> weights;
+  std::vector<u8> sum(hidden_bytes);
   u64 count = 0;
-  for (const Received* row = rows.first; row != rows.last; ++count) {
-    memset(sum.data(), 0, sizeof(float) * sum.size());
-    for (const i32 src_row = row->src_row; row != rows.last && row->src_row == src_row; ++row)
-      add_scaled_row(c.dtype, sum.data(), args.y + hidden_bytes * static_cast<u64>(row->position), row->weight, hidden);
-    store_row(c.dtype, rounded.data(), sum.data(), hidden);
-    c.wire->put_answer(owner, slots + c.at.row_stride * count, rounded.data(), hidden_bytes);
+  for (; row != rows.last && count < static_cast<u64>(c.at.num_combine_rows); ++count) {
+    parts.clear();
+    weights.clear();
+    for (const i32 src_row = row->src_row; row != rows.last && row->src_row == src_row; ++row) {
+      parts.push_back(open.y + hidden_bytes * static_cast<u64>(row->position));
+      weights.push_back(c.weights_at_expert ? 1.0f : row->weight);
+    }
+    weighted_sum(c.dtype, sum.data(), parts.data(), weights.data(), static_cast<i32>(parts.size()), c.hidden(), 1.0f,
+                 /*zero=*/false);
+    c.wire->put_answer(owner, slots + c.at.combine_stride * count, sum.data(), hidden_bytes, open.streamed);
   }
   return count;
 }
 
+// Stores the rows of one chunk of the answer. Returns their number.
+u64 store_answer(Context& c, const OpenRound& open, i32 owner, i32 chunk) {
+  const u64 slot = static_cast<u64>(half_of(c, chunk)) * static_cast<u64>(c.at.num_combine_rows);
+  u8* slots = c.fabric->outbound(owner) + c.at.combine_rows[open.round % kNumParities] + c.at.combine_stride * slot;
+  return c.shape.reduce_at_expert ? return_sums(c, open, owner, chunk, slots)
+                                  : return_choices(c, open, owner, chunk, slots);
+}
+
 // Everybody who is active gets an answer. A source that was not taken, and any suspect, gets `declined`: without it the
 // source would wait for ever, and its rows would never be free again.
-void answer(Context& c, CpuMachine& machine, const CombineArgs& args, const OpenRound& open, i32 hidden) {
+void answer(Context& c, CpuMachine& machine, OpenRound& open, bool abandoned) {
   machine.enter(Phase::combine_send);
-  const u32 parity = open.round % kNumParities;
   const i32 n = c.shape.num_ranks;
-  std::vector<i64> counts(static_cast<size_t>(n), -1);
+  open.out.assign(static_cast<size_t>(n), OutStream());
+  std::vector<u64> counts(static_cast<size_t>(n) * kNumHalves, 0);
+  auto num_first = [&](const OutStream& out) {
+    return out.num_chunks < c.at.num_halves ? out.num_chunks : c.at.num_halves;
+  };
   for (i32 step = 1; step <= n; ++step) {
     const i32 owner = (c.rank + step) % n;
-    if (!open.taken.has(owner) || args.abandon || is_suspect(*c.state, owner)) continue;
-    u8* slots = c.fabric->outbound(owner) + c.at.combine_rows[parity];
-    counts[static_cast<size_t>(owner)] =
-        static_cast<i64>(c.shape.reduce_at_expert ? return_sums(c, args, open, owner, slots, hidden)
-                                                  : return_choices(c, args, open, owner, slots));
+    OutStream& out = open.out[static_cast<size_t>(owner)];
+    if (!open.taken.has(owner) || abandoned || is_suspect(*c.state, owner)) continue;
+    out.open = true;
+    out.num_chunks = num_chunks_of(num_answers_to(c, open, owner), c.at.num_combine_rows);
+    for (i32 chunk = 0; chunk < num_first(out); ++chunk)
+      counts[static_cast<size_t>(owner) * kNumHalves + static_cast<size_t>(chunk)] =
+          store_answer(c, open, owner, chunk);
   }
   c.wire->at(Point::combine_send_rows, open.round);
   for (i32 step = 1; step <= n; ++step) {
     const i32 owner = (c.rank + step) % n;
+    OutStream& out = open.out[static_cast<size_t>(owner)];
     if (step == n / 2 + 1) c.wire->at(Point::combine_half_signalled, open.round);
-    if (!open.active.has(owner)) continue;
-    const i64 count = counts[static_cast<size_t>(owner)];
-    if (count < 0 && !guarded(guard_one_answer)) continue;
-    Signal s;
-    s.round = open.round;
-    s.epoch = open.epoch;
-    s.declined = count < 0;
-    s.count = count < 0 ? 0 : static_cast<u64>(count);
-    c.wire->put_signal(owner, Context::word(c.fabric->outbound(owner), c.at.combine_signal[parity]), pack(s), true);
+    if (open.active.has(owner) && !out.open && guarded(guard_one_answer)) decline(c, open, Verb::combine, owner, 0);
+    if (!out.open) continue;
+    for (; out.next_chunk < num_first(out); ++out.next_chunk)
+      signal_chunk(c, open, Verb::combine, owner, out.next_chunk,
+                   counts[static_cast<size_t>(owner) * kNumHalves + static_cast<size_t>(out.next_chunk)],
+                   out.next_chunk + 1 == out.num_chunks);
+    out.open = out.next_chunk < out.num_chunks;
   }
-  store_release(&c.fabric->page(c.rank).combines_signalled[parity], open.round + 1);
   c.wire->at(Point::combine_signalled, open.round);
-}
-
-// Waits for every member's answer; returns those whose rows came back whole.
-Status gather(Context& c, CpuMachine& machine, const OpenRound& open, RankSet& delivered, std::vector<u64>& words) {
-  machine.enter(Phase::combine_wait);
-  c.wire->at(Point::combine_wait, open.round);
-  const u32 parity = open.round % kNumParities;
-  auto word_of = [&](i32 src) { return Context::word(c.inbound(open, src), c.at.combine_signal[parity]); };
-  auto reading = [&](i32 src) { return c.read(open, src, load_acquire(word_of(src))); };
-  for (i32 dst = 0; dst < c.shape.num_ranks; ++dst)
-    if (open.active.has(dst) && reading(dst) == Reading::absent) machine.expect(dst);
-  for (i32 dst = 0; dst < c.shape.num_ranks; ++dst) {
-    if (!open.active.has(dst)) continue;
-    const Waited waited = wait_for(machine, *c.state, dst, [&] { return reading(dst); });
-    if (waited == Waited::released) {
-      machine.expect_nobody();
-      return released_status(*c.state);
-    }
-    if (waited != Waited::present) continue;
-    const u64 word = load_acquire(word_of(dst));
-    words[static_cast<size_t>(dst)] = word;
-    const u64 expected = static_cast<u64>(open.answers_from[static_cast<size_t>(dst)]);
-    if (signal_field::Count::unpack(word) == expected || !guarded(guard_combine_count)) delivered.add(dst);
-  }
-  machine.expect_nobody();
-  return Status::ok;
-}
-
-// float32 sums, each rounded once per choice, so that the order of k is the order of the reference.
-// `zero`: nothing that was delivered has any weight, so there is nothing to scale up.
-float missing_factor(const Context& c, const OpenRound& open, const u8* codes, size_t first, bool& zero) {
-  float all = 0.0f, here = 0.0f;
-  bool missing = false;
-  for (i32 k = 0; k < c.shape.num_topk; ++k) {
-    const size_t i = first + static_cast<size_t>(k);
-    if (open.dst_rank[i] < 0) continue;
-    all += open.topk_weights[i];
-    if (codes[i] == static_cast<u8>(Outcome::delivered)) {
-      here += open.topk_weights[i];
-    } else {
-      missing = true;
-    }
-  }
-  if (!missing) return 1.0f;
-  zero = here == 0.0f;
-  return all / here;
-}
-
-void sum_choices(const Context& c, const OpenRound& open, const u8* codes, size_t first, float* sum, i32 hidden) {
-  const u64 rows_at = c.at.combine_rows[open.round % kNumParities];
-  for (i32 k = 0; k < c.shape.num_topk; ++k) {
-    const size_t i = first + static_cast<size_t>(k);
-    if (codes[i] != static_cast<u8>(Outcome::delivered)) continue;
-    const u8* row =
-        c.inbound(open, open.dst_rank[i]) + rows_at + c.at.row_stride * static_cast<u64>(open.combine_row[i]);
-    add_scaled_row(c.dtype, sum, row, open.topk_weights[i], hidden);
-  }
-}
-
-void sum_ranks(const Context& c, const OpenRound& open, const u8* codes, size_t first, float* sum, i32 hidden) {
-  const u64 rows_at = c.at.combine_rows[open.round % kNumParities];
-  for (i32 dst = 0; dst < c.shape.num_ranks; ++dst) {
-    for (i32 k = 0; k < c.shape.num_topk; ++k) {
-      const size_t i = first + static_cast<size_t>(k);
-      if (open.dst_rank[i] != dst || codes[i] != static_cast<u8>(Outcome::delivered)) continue;
-      const u8* row = c.inbound(open, dst) + rows_at + c.at.row_stride * static_cast<u64>(open.combine_row[i]);
-      add_scaled_row(c.dtype, sum, row, 1.0f, hidden);
-      break;
-    }
-  }
-}
-
-i64 reduce(const Context& c, const CombineArgs& args, const OpenRound& open, const RankSet& delivered, i32 hidden) {
-  const size_t k = static_cast<size_t>(c.shape.num_topk);
-  const auto hidden_bytes = static_cast<u64>(c.shape.hidden_bytes);
-  std::vector<float> sum(static_cast<size_t>(hidden));
-  i64 num_lost = 0;
-  for (size_t first = 0; first < static_cast<size_t>(open.num_tokens) * k; first += k) {
-    for (size_t i = first; i < first + k; ++i) {
-      const i32 dst = open.dst_rank[i];
-      Outcome code = Outcome::lost;
-      if (dst < 0)
-        code = Outcome::none;
-      else if (!open.active.has(dst))
-        code = Outcome::unroutable;
-      else if (delivered.has(dst))
-        code = Outcome::delivered;
-      if (code == Outcome::lost) ++num_lost;
-      args.codes[i] = static_cast<u8>(code);
-    }
-    memset(sum.data(), 0, sizeof(float) * sum.size());
-    if (c.shape.reduce_at_expert)
-      sum_ranks(c, open, args.codes, first, sum.data(), hidden);
-    else
-      sum_choices(c, open, args.codes, first, sum.data(), hidden);
-    bool zero = false;
-    const float factor = c.renormalize ? missing_factor(c, open, args.codes, first, zero) : 1.0f;
-    if (zero)
-      memset(sum.data(), 0, sizeof(float) * sum.size());
-    else if (factor != 1.0f)
-      scale_row(sum.data(), factor, hidden);
-    store_row(c.dtype, args.out + hidden_bytes * (first / k), sum.data(), hidden);
-  }
-  *args.lost = num_lost > 0 ? 1 : 0;
-  return num_lost;
-}
-
-bool withdraw_changed(Context& c, const OpenRound& open, RankSet& delivered, const std::vector<u64>& words) {
-  if (!guarded(guard_recheck)) return false;
-  bool changed = false;
-  for (i32 dst = 0; dst < c.shape.num_ranks; ++dst) {
-    if (!delivered.has(dst)) continue;
-    const u64 word = load_acquire(Context::word(c.inbound(open, dst), c.at.combine_signal[open.round % kNumParities]));
-    if (word == words[static_cast<size_t>(dst)]) continue;
-    delivered.remove(dst);
-    ++c.stats.num_rechecks;
-    changed = true;
-  }
-  return changed;
 }
 
 }  // namespace
 
-CombineResult combine(Context& c, const CombineArgs& args) {
+bool continue_answer(Context& c, CpuMachine& machine, OpenRound& open, i32 owner) {
+  return continue_stream(c, machine, open, Verb::combine, owner,
+                         [&](i32 chunk) { return store_answer(c, open, owner, chunk); });
+}
+
+CombineResult combine_send(Context& c, const CombineArgs& args) {
   OpenRound& open = c.rounds[args.round % kNumParities];
-  if (!open.open || open.round != args.round) return {Status::bad_handle, 0};
-  const i32 hidden = c.shape.hidden_bytes / (c.dtype == DType::bfloat16 ? 2 : 4);
-  CombineResult result;
+  if (open.round != args.round || open.stage == Stage::closed || open.stage == Stage::answered)
+    return {Status::bad_handle, 0};
+  if (open.stage == Stage::sent && !args.abandon) return {Status::not_received, 0};
   CpuMachine machine(c, open.round);
   if (!guarded(guard_view_once)) open.active = newest_view(c.state->ring).active;
   c.wire->at(Point::combine_begin, open.round);
-  answer(c, machine, args, open, hidden);
-
-  RankSet delivered;
-  std::vector<u64> words(static_cast<size_t>(c.shape.num_ranks), 0);
-  result.status = gather(c, machine, open, delivered, words);
-  if (result.status == Status::ok && !args.abandon) {
-    do {
-      c.wire->at(Point::combine_reduce, open.round);
-      result.num_lost = reduce(c, args, open, delivered, hidden);
-    } while (withdraw_changed(c, open, delivered, words));
-  }
-  // Only now may the round after next use these slots.
-  open.open = false;
-  machine.enter(Phase::closed);
-  c.wire->at(Point::combine_closed, open.round);
-  return result;
+  if (open.stage == Stage::sent) give_up_dispatch(c, open);
+  open.y = args.y;
+  open.streamed = c.streams(open.received.size() * static_cast<u64>(c.shape.hidden_bytes));
+  answer(c, machine, open, args.abandon);
+  open.stage = Stage::answered;
+  machine.enter(Phase::caller);
+  return {};
 }
 
 }  // namespace fa2a

@@ -3,6 +3,7 @@
 
 #include <vector>
 
+#include "host/copy.hpp"
 #include "protocol/layout.hpp"
 #include "protocol/rank_state.hpp"
 #include "protocol/round.hpp"
@@ -11,11 +12,31 @@
 
 namespace fa2a {
 
-enum class DType : u32 { bfloat16, float32 };
+enum class DType : u32 { bfloat16, float32, float16 };
 enum class Outcome : u8 { none = 0, delivered = 1, lost = 2, unroutable = 3 };
 
 // Why a call did nothing. Everything but `ok` leaves the rank as it was.
-enum class Status : u32 { ok, bad_expert, repeated_expert, third_round, bad_handle, evicted, closed, quorum_lost };
+enum class Status : u32 {
+  ok,
+  bad_expert,
+  repeated_expert,
+  third_round,
+  bad_handle,
+  not_received,
+  evicted,
+  closed,
+  quorum_lost
+};
+
+// How rows look on their way out. Scales, if there are any, stand behind the payload of their row.
+struct WireFormat {
+  enum class Quantize : u32 { never, float32, ue8m0 };  // what becomes of a row that comes in the type of `out`
+
+  Quantize quantize = Quantize::never;
+  u64 payload_bytes = 0;
+  u64 scale_bytes = 0;  // 0: rows have no scales
+  u64 scales_at = 0;
+};
 
 // One row of recv.x: where it stands and whose it is.
 struct Received {
@@ -28,33 +49,84 @@ struct Received {
   i32 src_row;  // which row of the source it came in
 };
 
-// What a rank remembers of a round between its dispatch and its combine. `view` is a copy: the round keeps the members
-// it began with whatever is installed meanwhile.
+// My chunks to one peer. The first ones go out without asking; each later one waits for the peer's `taken`.
+struct OutStream {
+  bool open = false;  // something is still to be sent
+  i32 next_chunk = 0;
+  i32 num_chunks = 0;
+};
+
+// One peer's chunks to me.
+struct InStream {
+  enum class Stage : u32 { silent, flowing, whole, out };  // out: declined, refused or given up
+
+  Stage stage = Stage::silent;
+  i32 next_chunk = 0;
+  i32 num_rows = 0;            // that have come: dispatch rows, or combine rows
+  i32 num_summed = 0;          // combine: rows of tokens that are summed
+  i32 num_told = 0;            // combine: chunks that were given back
+  u64 words[kNumHalves] = {};  // combine: the signals of the chunks that stand in the window
+  bool unfinished() const { return stage == Stage::silent || stage == Stage::flowing; }
+};
+
+// How far a round has come on this rank.
+enum class Stage : u32 { closed, sent, received, answered };
+
+// What a rank remembers of a round from its dispatch to its combine. `active` is a copy: the round keeps the members it
+// began with whatever is installed meanwhile.
 struct OpenRound {
-  bool open = false;
+  Stage stage = Stage::closed;
   u64 round = 0;
   u64 epoch = 0;
   RankSet active;
   std::vector<u16> partitions;
   RankSet trusted;  // members whose partition belongs to the incarnation in the view
+  std::vector<OutStream> out;
+  std::vector<InStream> in;
   // As the owner of tokens.
+  const u8* x = nullptr;       // the caller's, until the last chunk is out
+  const u8* scales = nullptr;  // as x, of rows that come quantised
+  std::vector<u8> quantized;   // rows that are quantised here, as they travel
+  bool streamed = false;       // more bytes than caches hold go past them
   i32 num_tokens = 0;
   std::vector<i32> topk_idx;  // [num_tokens * num_topk]
   std::vector<float> topk_weights;
   std::vector<i32> dst_rank;      // per choice; -1 none
   std::vector<i32> combine_row;   // per choice: which combine row of dst_rank answers it
-  std::vector<i32> rows_to;       // per rank
+  std::vector<i32> row_tokens;    // the token of each dispatch row, destination after destination
+  std::vector<i32> rows_to;       // per rank + 1: first entry of `row_tokens`
   std::vector<i32> answers_from;  // per rank: combine rows expected
   // As the holder of experts.
+  const u8* y = nullptr;           // the caller's, until the last chunk is back
   RankSet taken;                   // sources whose rows stand in recv.x
   std::vector<Received> received;  // grouped by source, in the order of its rows
   std::vector<i32> received_from;  // per rank + 1: first entry of `received`
+
+  i32 num_rows_to(i32 dst) const { return rows_to[static_cast<size_t>(dst) + 1] - rows_to[static_cast<size_t>(dst)]; }
 };
 
 struct Stats {
   u64 num_rounds = 0;
   u64 num_rejected = 0;  // sources whose counts or indices were refused
   u64 num_rechecks = 0;  // sources withdrawn because their word changed while they were copied
+};
+
+// What one peer has cost this rank so far: counters that only grow, read by other threads at any time.
+struct SourceStats {
+  u64 wait_ns = 0;       // this rank did nothing but wait for it
+  u64 late_ns = 0;       // its word was missing while this rank was ready for it; others' may have been too
+  u64 max_late_ns = 0;   // the longest such time
+  u64 num_rows = 0;      // that came from it: dispatch rows and combine rows
+  u64 num_bytes = 0;     // of these
+  u64 num_failures = 0;  // dispatches and answers of it that were not taken whole
+};
+
+inline void add_to(u64& counter, u64 amount) { store_relaxed(&counter, load_relaxed(&counter) + amount); }
+
+// What a waiting rank has last seen of a peer's progress, and when it changed.
+struct StallWatch {
+  u64 progress = 0;
+  i64 since_ns = 0;
 };
 
 struct Context {
@@ -64,6 +136,8 @@ struct Context {
   DType dtype = DType::bfloat16;
   bool packed = false;
   bool renormalize = false;
+  bool weights_at_expert = false;
+  WireFormat format;
   std::vector<i32> expert_rank;   // per expert
   std::vector<i32> expert_local;  // per expert
   i32 num_local_experts = 0;
@@ -74,6 +148,8 @@ struct Context {
   Wire* wire = nullptr;
   OpenRound rounds[kNumParities];
   Stats stats;
+  std::vector<StallWatch> stalls;    // per rank
+  std::vector<SourceStats> sources;  // per rank
   u64 progress_tick = 0;
   u64 next_round = 0;  // only a round that opened moves it on: rounds are caught up, never jumped
 
@@ -81,20 +157,26 @@ struct Context {
     return fabric->inbound(round.partitions[static_cast<size_t>(src)]);
   }
   static u64* word(u8* partition, u64 offset) { return reinterpret_cast<u64*>(partition + offset); }
-  // A partition that belongs to another incarnation than the view names is never read.
-  Reading read(const OpenRound& open, i32 src, u64 value) const {
-    return open.trusted.has(src) ? read_signal(value, open.round, open.epoch) : Reading::declined;
-  }
   i32 capacity() const { return shape.num_ranks * shape.num_max_tokens; }
+  i32 hidden() const { return shape.hidden_bytes / (dtype == DType::float32 ? 4 : 2); }
+  // So many bytes, by every rank of the host at once: do they go past the cache?
+  bool streams(u64 num_bytes) const { return num_bytes * static_cast<u64>(shape.num_ranks) >= kStreamedBytes; }
 };
 
 struct DispatchArgs {
   const u8* x;           // [num_tokens, hidden]
+  const u8* scales;      // of rows that come quantised; nullptr: x is of the type of `out`
   const void* topk_idx;  // [num_tokens, num_topk]
   bool idx_is_64_bit;
   const float* topk_weights;
   i32 num_tokens;
+};
+
+struct ReceiveArgs {
+  u64 round;
   u8* recv_x;
+  u8* recv_scales;             // nullptr: rows have none
+  float* recv_weights;         // of each row of recv.x; nullptr: weights are applied at the owner
   i32* num_tokens_per_expert;  // [num_local_experts]
   i32* offsets;                // [num_local_experts + 1]
 };
@@ -112,10 +194,14 @@ struct DispatchResult {
 struct CombineArgs {
   const u8* y;  // as recv.x
   u64 round;
-  u8* out;       // [num_tokens, hidden]
-  u8* codes;     // [num_tokens, num_topk]
-  u8* lost;      // one bool
   bool abandon;  // answer everybody `declined`, give nothing back
+};
+
+struct ReduceArgs {
+  u64 round;
+  u8* out;    // [num_tokens, hidden]
+  u8* codes;  // [num_tokens, num_topk]
+  u8* lost;   // one bool
 };
 
 struct CombineResult {
@@ -123,8 +209,14 @@ struct CombineResult {
   i64 num_lost = 0;
 };
 
-DispatchResult dispatch(Context& c, const DispatchArgs& args);
-CombineResult combine(Context& c, const CombineArgs& args);
+// Each verb in two halves, which may follow each other at once or with other work in between. The first sends what goes
+// without asking; the second sends the rest, if the batch is a stream, and waits.
+DispatchResult dispatch_send(Context& c, const DispatchArgs& args);
+DispatchResult dispatch_receive(Context& c, const ReceiveArgs& args);
+CombineResult combine_send(Context& c, const CombineArgs& args);
+CombineResult combine_receive(Context& c, const ReduceArgs& args);
+// Ends a round from wherever it stands: every peer is told, and every peer's answer is waited for.
+CombineResult abandon(Context& c, u64 round);
 
 // How a released wait is told to the caller.
 Status released_status(const RankState& state);

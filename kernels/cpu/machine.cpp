@@ -25,18 +25,37 @@ Status released_status(const RankState& state) {
 
 void CpuMachine::enter(Phase phase) {
   phase_ = phase;
-  store_relaxed(&c_.state->waiting_progress, pack_progress(round_, phase, 0));
-  show(/*to_peers=*/true);
+  show();
+}
+
+void CpuMachine::advance() {
+  ++c_.progress_tick;
+  show();
+}
+
+void CpuMachine::expect(i32 peer) {
+  const i64 now = now_ns();
+  store_relaxed(&c_.state->waiting_since_ns[peer], static_cast<u64>(now));
+  c_.stalls[static_cast<size_t>(peer)].since_ns = now;
+}
+
+void CpuMachine::expect_no_more(i32 peer) {
+  const u64 since = load_relaxed(&c_.state->waiting_since_ns[peer]);
+  if (since == 0) return;
+  store_relaxed(&c_.state->waiting_since_ns[peer], 0);
+  SourceStats& stats = c_.sources[static_cast<size_t>(peer)];
+  const u64 late_ns = static_cast<u64>(now_ns()) - since;
+  add_to(stats.late_ns, late_ns);
+  if (late_ns > load_relaxed(&stats.max_late_ns)) store_relaxed(&stats.max_late_ns, late_ns);
 }
 
 void CpuMachine::expect_nobody() {
-  for (i32 peer = 0; peer < c_.shape.num_ranks; ++peer) store_relaxed(&c_.state->waiting_since_ns[peer], 0);
+  for (i32 peer = 0; peer < c_.shape.num_ranks; ++peer) expect_no_more(peer);
 }
 
-void CpuMachine::show(bool to_peers) {
+void CpuMachine::show() {
   const u64 value = pack_progress(round_, phase_, c_.progress_tick);
   store_release(&c_.fabric->page(c_.rank).progress, value);
-  if (!to_peers) return;
   const RankSet& active = newest_view(c_.state->ring).active;
   for (i32 peer = 0; peer < c_.shape.num_ranks; ++peer)
     if (active.has(peer)) c_.wire->put_progress(peer, Context::word(c_.fabric->outbound(peer), c_.at.progress), value);
@@ -44,9 +63,9 @@ void CpuMachine::show(bool to_peers) {
 
 void CpuMachine::begin(i32 peer) {
   num_spins_ = 0;
-  last_rest_ns_ = 0;
   if (peer == kNobody) return;
   if (load_relaxed(&c_.state->waiting_since_ns[peer]) == 0) expect(peer);
+  begun_ns_ = now_ns();
   store_relaxed(&c_.state->waiting_peer, static_cast<u64>(peer) + 1);
 }
 
@@ -54,7 +73,8 @@ void CpuMachine::end(i32 peer) {
   waiter_.reset();
   if (peer == kNobody) return;
   store_relaxed(&c_.state->waiting_peer, 0);
-  store_relaxed(&c_.state->waiting_since_ns[peer], 0);
+  expect_no_more(peer);
+  add_to(c_.sources[static_cast<size_t>(peer)].wait_ns, static_cast<u64>(now_ns() - begun_ns_));
 }
 
 void CpuMachine::rest(i32 peer) {
@@ -64,13 +84,12 @@ void CpuMachine::rest(i32 peer) {
     return;
   }
   const i64 now = now_ns();
-  if (last_rest_ns_ == 0) last_tick_ns_ = stall_since_ns_ = last_rest_ns_ = now;
-  if (peer != kNobody) judge_stall(peer, now);
+  if (last_rest_ns_ == 0) last_tick_ns_ = last_rest_ns_ = now;
+  if (peer != kNobody) judge_stalls(now);
   last_rest_ns_ = now;
   if (now - last_tick_ns_ >= c_.tick_ns && guarded(guard_tick)) {
-    ++c_.progress_tick;
     last_tick_ns_ = now;
-    show(/*to_peers=*/true);
+    advance();
   }
   if (!waiter_) {
     // Listen first, look at the word again, then sleep: in the other order a ring between look and sleep is lost.
@@ -81,17 +100,37 @@ void CpuMachine::rest(i32 peer) {
   heard_ = waiter_->listen();
 }
 
-// The peer pushes its progress into my window, so this reads local memory only, as a GPU kernel would.
-void CpuMachine::judge_stall(i32 peer, i64 now) {
-  const OpenRound& round = c_.rounds[round_ % kNumParities];
-  const u64 progress = load_acquire(Context::word(c_.inbound(round, peer), c_.at.progress));
-  const i64 timeout_ns = static_cast<i64>(load_relaxed(&c_.state->stall_ns[peer]));
-  const bool slept = now - last_rest_ns_ > timeout_ns / 4 && guarded(guard_gap_restart);
-  if (progress != seen_progress_ || slept) {
-    seen_progress_ = progress;
-    stall_since_ns_ = now;
+// A tick says "I am late because I wait for somebody else". It is no excuse before the one that is waited for: two
+// ranks that call in different orders, one in dispatch r + 1 before combine r and one the other way round, would tick
+// at each other for ever. What I owe: the answer of a round that is open here, or a dispatch that I have not begun.
+u64 CpuMachine::excusable(u64 progress) const {
+  const auto phase = static_cast<Phase>(progress_field::Phase::unpack(progress));
+  const u64 round = progress_field::Round::unpack(progress);
+  const auto is_round = [&](u64 mine) { return (mine & progress_field::Round::max) == round; };
+  bool owed = phase == Phase::dispatch_wait && is_round(c_.next_round);
+  for (const OpenRound& open : c_.rounds) {
+    const bool unanswered = open.stage == Stage::sent || open.stage == Stage::received;
+    owed |= phase == Phase::combine_wait && unanswered && is_round(open.round);
   }
-  if (now - stall_since_ns_ >= timeout_ns) suspect(*c_.state, peer);
+  return owed && guarded(guard_mutual_wait) ? progress & ~progress_field::Tick::pack(~0ull) : progress;
+}
+
+// Peers push their progress into my window, so this reads local memory only, as a GPU kernel would. Of all who are
+// waited for, not only of the one whose word is looked at: several hung peers are then found together.
+void CpuMachine::judge_stalls(i64 now) {
+  const OpenRound& round = c_.rounds[round_ % kNumParities];
+  for (i32 peer = 0; peer < c_.shape.num_ranks; ++peer) {
+    if (load_relaxed(&c_.state->waiting_since_ns[peer]) == 0) continue;
+    StallWatch& watch = c_.stalls[static_cast<size_t>(peer)];
+    const u64 progress = excusable(load_acquire(Context::word(c_.inbound(round, peer), c_.at.progress)));
+    const i64 timeout_ns = static_cast<i64>(load_relaxed(&c_.state->stall_ns[peer]));
+    const bool slept = now - last_rest_ns_ > timeout_ns / 4 && guarded(guard_gap_restart);
+    if (progress != watch.progress || slept) {
+      watch.progress = progress;
+      watch.since_ns = now;
+    }
+    if (now - watch.since_ns >= timeout_ns) suspect(*c_.state, peer);
+  }
 }
 
 }  // namespace fa2a

@@ -17,9 +17,23 @@ class CpuMachine {
 
   // Shows peers where this rank is. Stored at phase changes and, as the tick, while it waits.
   void enter(Phase phase);
+  // Shows that work goes on, inside a phase that may last: once per chunk.
+  void advance();
   // Time counts against a peer from here on, until its word is there.
-  void expect(i32 peer) { store_relaxed(&c_.state->waiting_since_ns[peer], static_cast<u64>(now_ns())); }
+  void expect(i32 peer);
+  void expect_if(bool awaited, i32 peer) {
+    if (awaited == (load_relaxed(&c_.state->waiting_since_ns[peer]) != 0)) return;
+    if (awaited)
+      expect(peer);
+    else
+      expect_no_more(peer);
+  }
+  void expect_no_more(i32 peer);
   void expect_nobody();
+  // Which word of the peer that is waited for is looked at; for the watcher of lost links.
+  void look_for(WordKind kind, i32 chunk) {
+    store_relaxed(&c_.state->waiting_word, pack_waiting(kind, round_, static_cast<u64>(chunk)));
+  }
 
   // What wait_for asks of a machine.
   void begin(i32 peer);
@@ -30,8 +44,9 @@ class CpuMachine {
   static constexpr i32 kNumSpins =
       64;  // about a microsecond; longer spins starve the peer that we wait for on a busy host
 
-  void show(bool to_peers);
-  void judge_stall(i32 peer, i64 now);
+  void show();
+  void judge_stalls(i64 now);
+  u64 excusable(u64 progress) const;
 
   Context& c_;
   u64 round_;
@@ -41,8 +56,7 @@ class CpuMachine {
   u32 heard_ = 0;
   i64 last_rest_ns_ = 0;
   i64 last_tick_ns_ = 0;
-  i64 stall_since_ns_ = 0;
-  u64 seen_progress_ = 0;
+  i64 begun_ns_ = 0;  // the wait for one peer
 };
 
 }  // namespace fa2a

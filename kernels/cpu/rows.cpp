@@ -1,53 +1,182 @@
-// The row loops, compiled for several instruction sets and chosen at load time: wheels travel, so nothing is
-// -march=native.
+// The row loops: one template for each, made for each payload type and instruction set.
 #include "kernels/cpu/rows.hpp"
 
 #include <string.h>
 
-// Sanitizers run before the resolver of a multi-versioned function may, so those builds take the plain one.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(__SANITIZE_THREAD__) && \
-    !defined(__SANITIZE_ADDRESS__)
-#define FA2A_FOR_EACH_ISA __attribute__((target_clones("avx512f", "avx2", "default")))
-#else
-#define FA2A_FOR_EACH_ISA
-#endif
+#include "kernels/cpu/numbers.hpp"
 
 namespace fa2a {
 
 namespace {
 
-inline float widen(u16 half) {
-  const u32 bits = static_cast<u32>(half) << 16;
-  float value;
-  memcpy(&value, &bits, sizeof value);
-  return value;
+#ifndef FA2A_CHUNKS
+#define FA2A_CHUNKS 2
+#endif
+// So many chunks of the sum stay in registers while all rows of a token add to it. With the whole row as the
+// accumulator, each choice carries 28 KiB of float32 (hidden 7168) through the caches once more.
+constexpr i32 kNumChunks = FA2A_CHUNKS;
+
+// `num_chunks` is a constant wherever this is inlined.
+template <class Element, i32 num_chunks>
+FA2A_PART_OF_LOOP void sum_chunks(typename Element::Bits* out, const u8* const* rows, const float* weights,
+                                  i32 num_rows, i32 first, float factor) {
+  Floats low[num_chunks], high[num_chunks];
+  for (i32 c = 0; c < num_chunks; ++c) low[c] = high[c] = Floats{};
+  for (i32 row = 0; row < num_rows; ++row) {
+    const auto* at = reinterpret_cast<const typename Element::Bits*>(rows[row]) + first;
+    const float weight = weights[row];
+    for (i32 c = 0; c < num_chunks; ++c) {
+      Floats a, b;
+      Row<Element>::load(at + c * kChunk, a, b);
+      low[c] = low[c] + weight * a;
+      high[c] = high[c] + weight * b;
+    }
+  }
+  for (i32 c = 0; c < num_chunks; ++c) {
+    if (factor != 1.0f) {
+      low[c] = low[c] * factor;
+      high[c] = high[c] * factor;
+    }
+    Row<Element>::store(out + first + c * kChunk, low[c], high[c]);
+  }
 }
 
-inline u16 narrow(float value) {
-  u32 bits;
-  memcpy(&bits, &value, sizeof bits);
-  const u32 rounded = bits + 0x7fffu + (bits >> 16 & 1u);
-  const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
-  return static_cast<u16>(is_nan ? 0x7fc0u : rounded >> 16);
+// The last elements of a row, fewer than a chunk.
+template <class Element>
+FA2A_PART_OF_LOOP void sum_last(typename Element::Bits* out, const u8* const* rows, const float* weights, i32 num_rows,
+                                i32 first, size_t num_bytes, float factor) {
+  using Bits = typename Element::Bits;
+  Floats low = {}, high = {};
+  Bits part[kChunk] = {};
+  for (i32 row = 0; row < num_rows; ++row) {
+    memcpy(part, reinterpret_cast<const Bits*>(rows[row]) + first, num_bytes);
+    Floats a, b;
+    Row<Element>::load(part, a, b);
+    low = low + weights[row] * a;
+    high = high + weights[row] * b;
+  }
+  if (factor != 1.0f) {
+    low = low * factor;
+    high = high * factor;
+  }
+  Row<Element>::store(part, low, high);
+  memcpy(out + first, part, num_bytes);
 }
 
-FA2A_FOR_EACH_ISA void add_bfloat16(float* __restrict sum, const u16* __restrict row, float weight, i32 hidden) {
-  for (i32 i = 0; i < hidden; ++i) sum[i] = sum[i] + weight * widen(row[i]);
+template <class Element>
+FA2A_PART_OF_LOOP void sum_rows(u8* out, const u8* const* rows, const float* weights, i32 num_rows, i32 hidden,
+                                float factor) {
+  auto* bits = reinterpret_cast<typename Element::Bits*>(out);
+  i32 first = 0;
+  for (; first + kNumChunks * kChunk <= hidden; first += kNumChunks * kChunk)
+    sum_chunks<Element, kNumChunks>(bits, rows, weights, num_rows, first, factor);
+  for (; first + kChunk <= hidden; first += kChunk)
+    sum_chunks<Element, 1>(bits, rows, weights, num_rows, first, factor);
+  if (first == hidden) return;
+  const size_t num_bytes = sizeof(typename Element::Bits) * static_cast<size_t>(hidden - first);
+  sum_last<Element>(bits, rows, weights, num_rows, first, num_bytes, factor);
 }
 
-FA2A_FOR_EACH_ISA void add_float32(float* __restrict sum, const float* __restrict row, float weight, i32 hidden) {
-  for (i32 i = 0; i < hidden; ++i) sum[i] = sum[i] + weight * row[i];
+// The loops of the steps, eight elements a time; the last ones go through a full vector of their own.
+template <class Element>
+FA2A_PART_OF_LOOP void load_some(const typename Element::Bits* at, i32 count, Floats& out) {
+  typename Element::Bits part[kLanes] = {};
+  memcpy(part, at, sizeof part[0] * static_cast<size_t>(count));
+  load_lanes(Element(), part, out);
 }
 
-FA2A_FOR_EACH_ISA void store_bfloat16(u16* __restrict row, const float* __restrict sum, i32 hidden) {
-  for (i32 i = 0; i < hidden; ++i) row[i] = narrow(sum[i]);
+template <class Element>
+FA2A_PART_OF_LOOP void store_some(typename Element::Bits* at, i32 count, const Floats& value) {
+  typename Element::Bits part[kLanes];
+  store_lanes(Element(), part, value);
+  memcpy(at, part, sizeof part[0] * static_cast<size_t>(count));
 }
+
+template <class Element>
+FA2A_PART_OF_LOOP void add_row(float* sum, const u8* row, float weight, i32 hidden) {
+  const auto* bits = reinterpret_cast<const typename Element::Bits*>(row);
+  for (i32 first = 0; first < hidden; first += kLanes) {
+    const i32 count = hidden - first;
+    Floats so_far, value;
+    if (count >= kLanes) {
+      load_lanes(Float32(), sum + first, so_far);
+      load_lanes(Element(), bits + first, value);
+      store_lanes(Float32(), sum + first, so_far + weight * value);
+    } else {
+      load_some<Float32>(sum + first, count, so_far);
+      load_some<Element>(bits + first, count, value);
+      store_some<Float32>(sum + first, count, so_far + weight * value);
+    }
+  }
+}
+
+// Between two rows of different types.
+template <class From, class To>
+FA2A_PART_OF_LOOP void cast_row(u8* to, const u8* from, i32 hidden) {
+  const auto* in = reinterpret_cast<const typename From::Bits*>(from);
+  auto* out = reinterpret_cast<typename To::Bits*>(to);
+  for (i32 first = 0; first < hidden; first += kLanes) {
+    const i32 count = hidden - first;
+    Floats value;
+    if (count >= kLanes) {
+      load_lanes(From(), in + first, value);
+      store_lanes(To(), out + first, value);
+    } else {
+      load_some<From>(in + first, count, value);
+      store_some<To>(out + first, count, value);
+    }
+  }
+}
+
+// Every loop by name, since a template cannot be compiled for several instruction sets.
+#define FA2A_SUM_LOOPS(Element)                                                                                     \
+  FA2A_FOR_EACH_ISA void weighted_sum_##Element(u8* out, const u8* const* rows, const float* weights, i32 num_rows, \
+                                                i32 hidden, float factor) {                                         \
+    sum_rows<Element>(out, rows, weights, num_rows, hidden, factor);                                                \
+  }                                                                                                                 \
+  FA2A_FOR_EACH_ISA void add_##Element(float* sum, const u8* row, float weight, i32 hidden) {                       \
+    add_row<Element>(sum, row, weight, hidden);                                                                     \
+  }
+#define FA2A_CAST_LOOP(From, To)                                                  \
+  FA2A_FOR_EACH_ISA void cast_##From##_##To(u8* to, const u8* from, i32 hidden) { \
+    cast_row<From, To>(to, from, hidden);                                         \
+  }
+
+FA2A_SUM_LOOPS(Bfloat16)
+FA2A_SUM_LOOPS(Float16)
+FA2A_SUM_LOOPS(Float32)
+FA2A_CAST_LOOP(Bfloat16, Float32)
+FA2A_CAST_LOOP(Float16, Float32)
+FA2A_CAST_LOOP(Float32, Bfloat16)
+FA2A_CAST_LOOP(Float32, Float16)
 
 }  // namespace
 
+void weighted_sum(DType dtype, u8* out, const u8* const* rows, const float* weights, i32 num_rows, i32 hidden,
+                  float factor, bool zero) {
+  if (zero) {
+    memset(out, 0, item_bytes(dtype) * static_cast<size_t>(hidden));
+    return;
+  }
+  switch (dtype) {
+    case DType::bfloat16:
+      return weighted_sum_Bfloat16(out, rows, weights, num_rows, hidden, factor);
+    case DType::float16:
+      return weighted_sum_Float16(out, rows, weights, num_rows, hidden, factor);
+    case DType::float32:
+      return weighted_sum_Float32(out, rows, weights, num_rows, hidden, factor);
+  }
+}
+
 void add_scaled_row(DType dtype, float* sum, const u8* row, float weight, i32 hidden) {
-  if (dtype == DType::bfloat16) return add_bfloat16(sum, reinterpret_cast<const u16*>(row), weight, hidden);
-  add_float32(sum, reinterpret_cast<const float*>(row), weight, hidden);
+  switch (dtype) {
+    case DType::bfloat16:
+      return add_Bfloat16(sum, row, weight, hidden);
+    case DType::float16:
+      return add_Float16(sum, row, weight, hidden);
+    case DType::float32:
+      return add_Float32(sum, row, weight, hidden);
+  }
 }
 
 void scale_row(float* sum, float factor, i32 hidden) {
@@ -55,8 +184,27 @@ void scale_row(float* sum, float factor, i32 hidden) {
 }
 
 void store_row(DType dtype, u8* row, const float* sum, i32 hidden) {
-  if (dtype == DType::bfloat16) return store_bfloat16(reinterpret_cast<u16*>(row), sum, hidden);
-  memcpy(row, sum, sizeof(float) * static_cast<size_t>(hidden));
+  const u8* from = reinterpret_cast<const u8*>(sum);
+  switch (dtype) {
+    case DType::bfloat16:
+      return cast_Float32_Bfloat16(row, from, hidden);
+    case DType::float16:
+      return cast_Float32_Float16(row, from, hidden);
+    case DType::float32:
+      memcpy(row, sum, sizeof(float) * static_cast<size_t>(hidden));
+  }
+}
+
+void widen_row(DType dtype, float* out, const u8* row, i32 hidden) {
+  u8* to = reinterpret_cast<u8*>(out);
+  switch (dtype) {
+    case DType::bfloat16:
+      return cast_Bfloat16_Float32(to, row, hidden);
+    case DType::float16:
+      return cast_Float16_Float32(to, row, hidden);
+    case DType::float32:
+      memcpy(out, row, sizeof(float) * static_cast<size_t>(hidden));
+  }
 }
 
 }  // namespace fa2a

@@ -34,9 +34,10 @@ EndpointConfig config_of(i32 rank, bool by_windows) {
   config.shape.num_ranks = kNumRanks;
   config.shape.num_experts = kNumExperts;
   config.shape.num_topk = kNumTopk;
-  config.shape.num_max_tokens = kNumMaxTokens;
+  config.shape.num_max_tokens = config.shape.num_chunk_tokens = kNumMaxTokens;
   config.shape.max_local_experts = config.num_local_experts = kNumExperts / kNumRanks;
-  config.shape.hidden_bytes = kHidden * static_cast<i32>(sizeof(float));
+  config.shape.hidden_bytes = config.shape.dispatch_bytes = kHidden * static_cast<i32>(sizeof(float));
+  config.format.payload_bytes = static_cast<u64>(config.shape.dispatch_bytes);
   config.rank = rank;
   config.dtype = DType::float32;
   config.silence_ms =
@@ -125,19 +126,16 @@ void run_rounds(Endpoint& endpoint, i32 rank) {
     sent.idx_is_64_bit = true;
     sent.topk_weights = batch.weights.data();
     sent.num_tokens = batch.num_tokens;
-    sent.recv_x = reinterpret_cast<u8*>(recv.data());
-    sent.num_tokens_per_expert = counts.data();
-    sent.offsets = offsets.data();
-    const DispatchResult got = endpoint.dispatch(sent);
+    DispatchResult got = endpoint.dispatch_send(sent);
+    const ReceiveArgs received{got.round,     reinterpret_cast<u8*>(recv.data()), nullptr, nullptr, counts.data(),
+                               offsets.data()};
+    if (got.status == Status::ok) got = endpoint.dispatch_receive(received);
 
     u8 lost = 0;
-    CombineArgs back{};
-    back.y = sent.recv_x;
-    back.round = got.round;
-    back.out = reinterpret_cast<u8*>(batch.out.data());
-    back.codes = batch.codes.data();
-    back.lost = &lost;
-    const CombineResult done = endpoint.combine(back);
+    const CombineArgs back{received.recv_x, got.round, /*abandon=*/false};
+    const ReduceArgs reduced{got.round, reinterpret_cast<u8*>(batch.out.data()), batch.codes.data(), &lost};
+    CombineResult done = endpoint.combine_send(back);
+    if (done.status == Status::ok) done = endpoint.combine_receive(reduced);
     if (endpoint.crashed()) return expect(rank == kVictim && i == kDiesAt, "only the victim dies", rank, got.round);
 
     expect(got.status == Status::ok && done.status == Status::ok, "a call on a live rank succeeds", rank, got.round);

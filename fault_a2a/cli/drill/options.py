@@ -100,7 +100,7 @@ class LateHelpParser(argparse.ArgumentParser):
 
 def _phases_text() -> str:
     # Not before: importing the native core picks one of the two, and which one depends on the faults.
-    from fault_a2a.buffer import phases
+    from fault_a2a.core_fields import phases
 
     return (
         f"phases of --kill, in the order of a step: {', '.join(phases())}. "
@@ -191,7 +191,7 @@ def _faults(texts: dict[str, Sequence[str]], num_ranks: int, num_steps: int, gua
     faults = read(phases=None)
     if guards_off or any(fault.needs_hooks for fault in faults):
         os.environ[CORE_VARIABLE] = "hooks"
-    from fault_a2a.buffer import phases
+    from fault_a2a.core_fields import phases
 
     return read(phases=phases())
 

@@ -28,8 +28,8 @@ from fault_a2a.cli.drill.model import Expectation, MoELayer
 from fault_a2a.cli.drill.options import Drill
 
 if TYPE_CHECKING:
-    from fault_a2a.buffer import Received
     from fault_a2a.membership import View
+    from fault_a2a.rounds import Received
 
 GROUP_NAME = "drill"
 SETTLE_S = 10.0  # for the last view changes, once all steps are done

@@ -1,0 +1,171 @@
+"""Times dispatch, combine and the pair beside peers that do equal work: python benchmarks/dispatch_combine.py --help
+
+Processes on this host, one a rank; every round's answer is checked against fault_a2a.reference outside the timed part,
+and a system that gives a wrong one has no time. Shapes of record: the defaults (decode: 128 tokens a rank of 7168
+bfloat16, top-8 of 64 experts, 8 ranks), and --tokens 1024 --hidden 2048.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # when it is run as a file
+
+from benchmarks.contest import Score, run_contest
+from benchmarks.floor import FORMULA, floor_us, traffic
+from benchmarks.machine import ROOT, where_and_when
+from benchmarks.options import Library, add_shape_options, ask_library, shape_of, whole_number
+from benchmarks.peers import PEERS
+from benchmarks.report import as_text
+from benchmarks.spread import spread
+from benchmarks.systems import Copy, FaultA2A, System, copied_bytes_per_round
+from benchmarks.teams import Team
+from benchmarks.work import TOLERANCE, Shape
+
+OURS, COPY = "fault_a2a", "memcpy"
+RECORD = ROOT / "benchmarks" / "results" / "dispatch_combine.jsonl"
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="dispatch_combine.py", description=__doc__.splitlines()[0])
+    add_shape_options(parser)
+    parser.add_argument("--peers", default="gloo", help=f"comma-separated, of {', '.join(PEERS)}; default gloo")
+    parser.add_argument("--iterations", type=whole_number, default=30, help="counted turns of each system (default 30)")
+    parser.add_argument("--warm-up", type=whole_number, default=3, help="turns that are not counted (default 3)")
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout, nothing else")
+    parser.add_argument(
+        "--out", nargs="?", const=str(RECORD), help=f"append the record to a file (default {RECORD.relative_to(ROOT)})"
+    )
+    arguments = parser.parse_args(argv)
+    arguments.peers = [name for name in arguments.peers.split(",") if name]
+    for name in arguments.peers:
+        if name not in PEERS:
+            parser.error(f"--peers: there is no peer {name!r}; give some of {', '.join(PEERS)}")
+        if PEERS[name].missing():
+            parser.error(f"--peers: {name}: {PEERS[name].missing()}, or leave it out of --peers")
+    try:
+        arguments.library = ask_library(shape_of(arguments), num_teams=2 + len(arguments.peers))
+    except ValueError as error:
+        parser.error(str(error))
+    return arguments
+
+
+def measure(arguments: argparse.Namespace, watch: Callable[[int], None]) -> dict[str, Any]:
+    """The whole record of one run."""
+    shape, library = shape_of(arguments), arguments.library
+    systems: dict[str, type[System]] = {OURS: FaultA2A, **{name: PEERS[name] for name in arguments.peers}, COPY: Copy}
+    began = where_and_when()
+    scores = run_contest(
+        [partial(Team, name, system, shape, arguments.seed) for name, system in systems.items()],
+        arguments.warm_up,
+        arguments.iterations,
+        watch=watch,
+    )
+    record = {
+        "benchmark": "dispatch_combine",
+        "ok": not any(score.failure for score in scores),
+        **began,
+        "load_average_after": [round(load, 2) for load in os.getloadavg()],
+        "shape": asdict(shape),
+        "seed": arguments.seed,
+        "num_iterations": arguments.iterations,
+        "num_warm_up": arguments.warm_up,
+        "tolerance_of_peers": TOLERANCE,
+    }
+    record["versions"] = {"fault_a2a": library.version, "core": library.core, **began["versions"]}
+    copy_score = scores.pop()
+    floor = _floor(shape, library, arguments.seed, copy_score)
+    rows = [_row(score, systems[score.name], shape, floor["floor_us"]) for score in scores]
+    return {**record, **floor, "rows": rows, "fastest_peer": _fastest_peer(rows)}
+
+
+def _floor(shape: Shape, library: Library, seed: int, copy_score: Score) -> dict[str, Any]:
+    moved = traffic(shape, library.expert_rank, seed)
+    if copy_score.failure:
+        return {
+            "bytes_formula": FORMULA,
+            "traffic": asdict(moved),
+            "copy_failure": copy_score.failure,
+            "floor_us": None,
+        }
+    copied = copied_bytes_per_round(shape)
+    rates = spread([copied / us * 1e6 for us in copy_score.pair])
+    return {
+        "bytes_formula": FORMULA,
+        "traffic": {**asdict(moved), "total_bytes": moved.total_bytes},
+        "copied_bytes_per_s": {"median": round(rates.median), "least": round(rates.least), "most": round(rates.most)},
+        "floor_us": round(floor_us(moved.total_bytes, rates.median), 1),
+    }
+
+
+def _row(score: Score, system: type[System], shape: Shape, lowest_us: float | None) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "system": score.name,
+        "backend": system.backend,
+        "num_ranks": shape.ranks,
+        "num_tokens": shape.tokens,
+        "hidden": shape.hidden,
+        "num_topk": shape.topk,
+        "dtype": shape.dtype,
+        "dispatch_us": None,
+        "combine_us": None,
+        "pair_us": None,
+        "p95_us": None,
+        "num_experts": shape.experts,
+        "recv_format": shape.recv_format if score.name == OURS else "packed",
+        "reduce": shape.reduce,
+        "correct": not score.failure,
+        "failure": score.failure,
+    }
+    if score.failure:
+        return row
+    parts = {name: spread(getattr(score, name)) for name in ("dispatch", "combine", "pair")}
+    row |= {f"{name}_us": round(part.median, 1) for name, part in parts.items()}
+    row["p95_us"] = round(parts["pair"].p95, 1)
+    row["spread_us"] = {
+        name: {key: round(value, 1) for key, value in asdict(part).items()} for name, part in parts.items()
+    }
+    row["share_of_floor"] = round(lowest_us / parts["pair"].median, 3) if lowest_us else None
+    return row
+
+
+def _fastest_peer(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Which peer was fastest at the median, and how many times as long as ours its pair took."""
+    ours, *peers = rows
+    timed = [row for row in peers if row["pair_us"]]
+    if not timed or not ours["pair_us"]:
+        return None
+    fastest = min(timed, key=lambda row: row["pair_us"])
+    return {"system": fastest["system"], "times_ours": round(fastest["pair_us"] / ours["pair_us"], 2)}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parse(argv)
+
+    def watch(iteration: int) -> None:
+        if not arguments.json and sys.stderr.isatty():
+            print(f"\rturn {iteration + 1} of {arguments.iterations} ", end="", file=sys.stderr, flush=True)
+
+    record = measure(arguments, watch)
+    record["command"] = " ".join(
+        ["python", "benchmarks/dispatch_combine.py", *(sys.argv[1:] if argv is None else argv)]
+    )
+    print(json.dumps(record) if arguments.json else as_text(record))
+    if arguments.out:
+        path = Path(arguments.out)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a") as out:
+            out.write(json.dumps(record) + "\n")
+    return 0 if record["ok"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,105 @@
+"""The options that the benchmarks share, and what a shape needs before any process is started."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.machine import available_bytes, shared_memory_bytes
+from benchmarks.systems import Copy
+from benchmarks.teams import in_a_fork
+from benchmarks.work import DTYPES, Shape
+
+# The fields that Config's errors name, and the options that set them here.
+_OPTION_OF_FIELD = {
+    "num_experts": "--experts",
+    "hidden": "--hidden",
+    "num_topk": "--topk",
+    "num_max_tokens_per_rank": "--tokens",
+    "placement": "--experts",
+}
+_PROCESS_BYTES = 60 << 20  # what a forked rank with torch has for itself, tensors not counted
+_GIB = 1 << 30
+
+
+def add_shape_options(parser: argparse.ArgumentParser) -> None:
+    shape = parser.add_argument_group("shape")
+    shape.add_argument("--ranks", type=whole_number, default=8, help="processes on this host (default 8)")
+    shape.add_argument("--tokens", type=whole_number, default=128, help="per rank and round (default 128)")
+    shape.add_argument("--hidden", type=whole_number, default=7168, help="elements of a row (default 7168)")
+    shape.add_argument("--topk", type=whole_number, default=8, help="experts of a token (default 8)")
+    shape.add_argument("--experts", type=whole_number, default=64, help="in the whole group (default 64)")
+    shape.add_argument("--dtype", choices=sorted(DTYPES), default="bf16")
+    shape.add_argument("--recv-format", choices=["batched", "packed"], default="batched")
+    shape.add_argument("--reduce", choices=["owner", "expert"], default="owner", help="who sums a token's choices")
+    parser.add_argument("--seed", type=int, default=0, help="of the tokens and the routing (default 0)")
+
+
+def whole_number(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 up")
+    return int(text)
+
+
+def shape_of(arguments: argparse.Namespace) -> Shape:
+    names = ("ranks", "tokens", "hidden", "topk", "experts", "dtype", "recv_format", "reduce")
+    return Shape(**{name: getattr(arguments, name) for name in names})
+
+
+@dataclass(frozen=True)
+class Library:
+    """What a child that may import the package says of it: which it is, and what the shape means to it."""
+
+    version: str
+    core: str  # production, hooks or unchecked
+    expert_rank: list[int]
+    window_bytes: int  # of one rank
+
+
+def ask_library(shape: Shape, num_teams: int) -> Library:
+    """Checks the shape; nothing is started if it cannot be run.
+
+    Raises:
+        ValueError: naming the option, and what to change.
+    """
+
+    def ask() -> dict[str, Any]:
+        import fault_a2a
+        from fault_a2a._core import core
+        from fault_a2a.core_fields import window_bytes
+
+        config = shape.config()
+        return {
+            "version": fault_a2a.__version__,
+            "core": core.__name__.removeprefix("fault_a2a.").removeprefix("_C").removeprefix("_") or "production",
+            "expert_rank": list(config.placement_for(shape.ranks).expert_rank),
+            "window_bytes": window_bytes(config, shape.ranks),
+        }
+
+    try:
+        library = Library(**in_a_fork(ask))
+    except ValueError as error:
+        raise ValueError(_named_by_option(str(error))) from None
+    _check_memory(shape, library, num_teams)
+    return library
+
+
+def _named_by_option(text: str) -> str:
+    field = text.split(":", 1)[0]
+    return f"{_OPTION_OF_FIELD[field]} ({text})" if field in _OPTION_OF_FIELD else text
+
+
+def _check_memory(shape: Shape, library: Library, num_teams: int) -> None:
+    windows = shape.ranks * library.window_bytes
+    rows = 6 * shape.ranks * shape.tokens * shape.topk * shape.row_bytes  # tokens, received, returned and summed rows
+    needed = windows + num_teams * (rows + shape.ranks * _PROCESS_BYTES) + 2 * shape.ranks * Copy.BLOCK_BYTES
+    for have, what, need in (
+        (shared_memory_bytes(), "free in /dev/shm", windows),
+        (available_bytes(), "free memory", needed),
+    ):
+        if need > have:
+            raise ValueError(
+                f"--ranks {shape.ranks}: {shape.ranks} ranks of this shape need about {need / _GIB:.1f} GiB, and this "
+                f"machine has {have / _GIB:.1f} GiB {what}; give fewer --ranks or --tokens, or a smaller --hidden"
+            )

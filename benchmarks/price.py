@@ -1,0 +1,180 @@
+"""What safety costs a healthy round: python benchmarks/price.py --help
+
+Three groups of processes of one shape take turns under one parent: the core with its guards and its pulse threads
+(checked), the core without either (unchecked), and the checked one once more (control). Two cores cannot live in one
+process, so each group loads its own after the fork. While a group runs, the others are stopped (SIGSTOP), pulse
+threads included: otherwise the pulse of the checked group would slow the unchecked one down and hide its own price.
+A pair is one turn of each, a second or less apart; every second pair runs in the opposite order. The price is the
+median over pairs of the ratio of their times, with its bootstrap interval; the control shows what the same ratio is
+when there is nothing to find. Red only if the interval's lower bound is above the limit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # when it is run as a file
+
+from benchmarks.contest import Score, run_contest
+from benchmarks.instructions import count, module_file
+from benchmarks.machine import ROOT, where_and_when
+from benchmarks.options import add_shape_options, ask_library, shape_of, whole_number
+from benchmarks.spread import bootstrap_median, spread
+from benchmarks.systems import FaultA2A
+from benchmarks.teams import SETTLE, WHOLE, Team
+from benchmarks.work import Shape
+
+CHECKED, UNCHECKED, CONTROL = "checked", "unchecked", "control"
+CORES = {CHECKED: "", UNCHECKED: "unchecked", CONTROL: ""}
+MODULES = {CHECKED: "_C", UNCHECKED: "_C_unchecked"}
+LIMIT_PERCENT = 2.0
+NUM_COUNTED_ROUNDS = 10
+RECORD = ROOT / "benchmarks" / "results" / "price.jsonl"
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="price.py", description=__doc__.splitlines()[0])
+    add_shape_options(parser)
+    parser.add_argument("--pairs", type=whole_number, default=200, help="counted pairs of turns (default 200)")
+    parser.add_argument("--rounds", type=whole_number, default=3, help="counted rounds of a turn (default 3)")
+    parser.add_argument("--warm-up", type=whole_number, default=5, help="pairs that are not counted (default 5)")
+    parser.add_argument("--no-instructions", action="store_true", help="do not count instructions under callgrind")
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout, nothing else")
+    parser.add_argument(
+        "--out", nargs="?", const=str(RECORD), help=f"append the record to a file (default {RECORD.relative_to(ROOT)})"
+    )
+    arguments = parser.parse_args(argv)
+    for name in MODULES.values():
+        if module_file(name) is None:
+            parser.error(
+                f"fault_a2a/{name} is not built: run `CMAKE_ARGS=-DFA2A_BENCH_UNCHECKED=ON make build`, which builds "
+                "both cores from the same sources"
+            )
+    try:
+        arguments.library = ask_library(shape_of(arguments), num_teams=len(CORES))
+    except ValueError as error:
+        parser.error(str(error))
+    return arguments
+
+
+def measure(arguments: argparse.Namespace, watch: Callable[[int], None]) -> dict[str, Any]:
+    """The whole record of one run."""
+    shape, began = shape_of(arguments), where_and_when()
+    scores = run_contest(
+        [
+            partial(Team, name, FaultA2A, shape, arguments.seed, {"FAULT_A2A_CORE": core})
+            for name, core in CORES.items()
+        ],
+        arguments.warm_up,
+        arguments.pairs,
+        orders=(SETTLE, *[WHOLE] * arguments.rounds),
+        watch=watch,
+        alternate=True,
+    )
+    record = {
+        "benchmark": "price",
+        **began,
+        "load_average_after": [round(load, 2) for load in os.getloadavg()],
+        "shape": asdict(shape),
+        "seed": arguments.seed,
+        "num_pairs": arguments.pairs,
+        "rounds_per_turn": arguments.rounds,
+        "limit_percent": LIMIT_PERCENT,
+        "failures": {score.name: score.failure for score in scores if score.failure},
+    }
+    record["versions"] = {"fault_a2a": arguments.library.version, **began["versions"]}
+    if not record["failures"]:
+        record |= _prices({score.name: score for score in scores}, arguments)
+    if not arguments.no_instructions:
+        record["instructions"] = _instructions(shape)
+    return record | {"ok": not record["failures"] and is_within(record["price_percent"])}
+
+
+def is_within(price_percent: dict[str, float]) -> bool:
+    """Red only when the measurement shows that the price is above the limit: noise makes the interval wide, not red."""
+    return price_percent["low"] <= LIMIT_PERCENT
+
+
+def _prices(scores: dict[str, Score], arguments: argparse.Namespace) -> dict[str, Any]:
+    turns = {name: per_turn(score.pair, arguments.rounds) for name, score in scores.items()}
+    return {
+        "pair_us": {name: round(spread(score.pair).median, 1) for name, score in scores.items()},
+        "price_percent": percent_above(turns[CHECKED], turns[UNCHECKED], arguments.seed),
+        "control_percent": percent_above(turns[CONTROL], turns[CHECKED], arguments.seed),
+    }
+
+
+def per_turn(times_us: Sequence[float], num_rounds: int) -> list[float]:
+    """The sum of each turn's rounds."""
+    return [sum(times_us[first : first + num_rounds]) for first in range(0, len(times_us), num_rounds)]
+
+
+def percent_above(ours: Sequence[float], others: Sequence[float], seed: int) -> dict[str, float]:
+    """By how many percent ``ours`` take longer, pair by pair: the median and its 95 % bootstrap interval."""
+    found = bootstrap_median([one / other for one, other in zip(ours, others, strict=True)], seed)
+    return {key: round(100 * (value - 1), 3) for key, value in asdict(found).items()}
+
+
+def _instructions(shape: Shape) -> dict[str, Any]:
+    try:
+        found = {name: round(count(shape, CORES[name], NUM_COUNTED_ROUNDS)) for name in MODULES}
+    except RuntimeError as error:
+        return {"failure": str(error)}
+    return {**found, "percent_above": round(100 * (found[CHECKED] / found[UNCHECKED] - 1), 3)}
+
+
+def as_text(record: dict[str, Any]) -> str:
+    shape = record["shape"]
+    lines = [
+        f"{shape['ranks']} ranks, {shape['tokens']} tokens a rank x {shape['hidden']} {shape['dtype']}, top-"
+        f"{shape['topk']} of {shape['experts']} experts; {record['num_pairs']} pairs of {record['rounds_per_turn']} "
+        f"rounds; commit {record['commit']}, {record['date']}, load average {record['load_average'][0]} before, "
+        f"{record['load_average_after'][0]} after"
+    ]
+    lines += [f"{name} failed: {failure}" for name, failure in record["failures"].items()]
+    if "pair_us" in record:
+        times = ", ".join(f"{name} {us:.0f}" for name, us in record["pair_us"].items())
+        lines.append(f"a round (dispatch and combine), median in us: {times}")
+        for key, what in (("price_percent", "checks and pulse threads"), ("control_percent", "control, same core")):
+            one = record[key]
+            lines.append(f"{what}: {one['median']:+.2f} %, 95 % interval {one['low']:+.2f} to {one['high']:+.2f} %")
+    counted = record.get("instructions", {})
+    if "failure" in counted:
+        lines.append(f"instructions were not counted: {counted['failure']}")
+    elif counted:
+        lines.append(
+            f"instructions of a round in a single process (callgrind): checked {counted[CHECKED]}, unchecked "
+            f"{counted[UNCHECKED]}: {counted['percent_above']:+.2f} %"
+        )
+    lines.append("OK" if record["ok"] else f"RED: failed, or the lower bound is above {record['limit_percent']:g} %")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parse(argv)
+
+    def watch(iteration: int) -> None:
+        if not arguments.json and sys.stderr.isatty():
+            print(f"\rpair {iteration + 1} of {arguments.pairs} ", end="", file=sys.stderr, flush=True)
+
+    record = measure(arguments, watch)
+    record["command"] = " ".join(["python", "benchmarks/price.py", *(sys.argv[1:] if argv is None else argv)])
+    print(json.dumps(record) if arguments.json else as_text(record))
+    if arguments.out:
+        path = Path(arguments.out)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a") as out:
+            out.write(json.dumps(record) + "\n")
+    return 0 if record["ok"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,113 @@
+"""What is measured on a rank: the face of a system, this library behind it, and the machine's own copy rate."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+
+from benchmarks.work import Batch, Shape, expert_factors, scaled
+
+
+class System:
+    """One rank's end of an all-to-all.
+
+    Attributes:
+        backend: how it moves bytes.
+        bit_exact: its answers must have the reference's bits; otherwise ``benchmarks.work.TOLERANCE`` holds.
+        computes: it gives answers at all.
+    """
+
+    backend = ""
+    bit_exact = False
+    computes = True
+
+    def dispatch(self, batch: Batch) -> tuple[Any, Any]:
+        """Returns what this rank's experts received, in expert-major order, and a handle."""
+        raise NotImplementedError
+
+    def combine(self, received: Any, handle: Any) -> torch.Tensor:
+        """Sends the expert rows back and sums them, weighted, at their owner: ``[tokens, hidden]``."""
+        raise NotImplementedError
+
+    def apply_factors(self, received: Any) -> None:
+        """Multiplies, in place, each expert's rows by its factor: the experts of a checking round."""
+        raise NotImplementedError
+
+    def trouble(self) -> str:
+        """What went wrong in the last round beside its answer; empty if nothing did."""
+        return ""
+
+    def close(self) -> None:
+        """Leaves the group."""
+
+
+class FaultA2A(System):
+    """This library, by its public face."""
+
+    backend = "cpu"
+    bit_exact = True
+
+    def __init__(self, shape: Shape, rank: int, store: Any) -> None:
+        import fault_a2a
+
+        self.shape = shape
+        self.buffer = fault_a2a.Buffer(fault_a2a.Group(store, rank, shape.ranks), shape.config())
+        self.factors = expert_factors(shape)[list(self.buffer.placement.local_experts(rank))]
+        self.outcome: Any = None
+
+    def dispatch(self, batch: Batch) -> tuple[Any, Any]:
+        return self.buffer.dispatch(batch.x, batch.topk_idx, batch.topk_weights)
+
+    def combine(self, received: Any, handle: Any) -> torch.Tensor:
+        out, self.outcome = self.buffer.combine(received.x, handle)
+        return out
+
+    def apply_factors(self, received: Any) -> None:
+        for expert, (first, last) in enumerate(zip(received.offsets[:-1], received.offsets[1:], strict=True)):
+            rows = received.x[first:last] if self.shape.recv_format == "packed" else received.x[expert, : last - first]
+            rows.copy_(scaled(rows, self.factors[expert]))
+
+    def trouble(self) -> str:
+        if not bool(self.outcome.lost) and self.buffer.view.epoch == 0:
+            return ""
+        return (
+            f"a healthy round lost choices or changed the view ({self.buffer.view.reason or self.buffer.evidence()}); "
+            "the machine was too loaded for the timeouts, so measure again when it is quiet"
+        )
+
+    def close(self) -> None:
+        self.buffer.close()
+
+
+class Copy(System):
+    """No all-to-all: every rank copies a block of memory, all at once. Its rate is what the floor is reckoned with."""
+
+    backend = "memcpy"
+    computes = False
+    BLOCK_BYTES = 64 << 20  # so large that the C library copies past the caches, which is its fastest way
+    NUM_BLOCKS = 1
+
+    def __init__(self, shape: Shape, rank: int, store: Any) -> None:
+        blocks = [
+            torch.full([self.BLOCK_BYTES], fill, dtype=torch.uint8) for fill in (1, 2)
+        ]  # written: pages are there
+        self.blocks = blocks
+
+    def dispatch(self, batch: Batch) -> tuple[Any, Any]:
+        source, target = self.blocks
+        for _ in range(self.NUM_BLOCKS):
+            ctypes.memmove(target.data_ptr(), source.data_ptr(), self.BLOCK_BYTES)
+        return None, None
+
+    def combine(self, received: Any, handle: Any) -> torch.Tensor:
+        return torch.empty(0)
+
+    def apply_factors(self, received: Any) -> None:
+        pass
+
+
+def copied_bytes_per_round(shape: Shape) -> int:
+    """By all ranks of ``Copy`` together."""
+    return shape.ranks * Copy.NUM_BLOCKS * Copy.BLOCK_BYTES

@@ -1,0 +1,90 @@
+// The words of a stream as one rank stores and reads them: signals of chunks one way, what was taken of them the other.
+#pragma once
+
+#include "kernels/cpu/context.hpp"
+#include "kernels/cpu/machine.hpp"
+
+namespace fa2a {
+
+// Chunks that `num_rows` make; an empty stream is one empty chunk.
+inline i32 num_chunks_of(i32 num_rows, i32 rows_of_chunk) {
+  return num_rows <= rows_of_chunk ? 1 : (num_rows + rows_of_chunk - 1) / rows_of_chunk;
+}
+
+inline i32 half_of(const Context& c, i32 chunk) { return chunk % c.at.num_halves; }
+
+// The word of `src` that publishes chunk `chunk` to me, and what it says.
+u64 load_signal(const Context& c, const OpenRound& open, Verb verb, i32 src, i32 chunk);
+Reading read_chunk(const Context& c, const OpenRound& open, Verb verb, i32 src, i32 chunk);
+// Tells `dst`; `count` rows of the chunk stand in its window.
+void signal_chunk(Context& c, const OpenRound& open, Verb verb, i32 dst, i32 chunk, u64 count, bool last);
+// Tells `dst` that nothing of this round is coming from here, or nothing more.
+void decline(Context& c, const OpenRound& open, Verb verb, i32 dst, i32 chunk);
+// Tells `src` that its chunk may be overwritten.
+void tell_taken(Context& c, const OpenRound& open, Verb verb, i32 src, i32 chunk);
+// Tells `src` that I read no more of its stream, so that it waits for no word of mine.
+void refuse(Context& c, const OpenRound& open, Verb verb, i32 src, i32 chunk);
+
+// Has the reader made room for the next chunk of my stream to it?
+Reading read_room(const Context& c, const OpenRound& open, Verb verb, i32 dst, i32 chunk);
+
+// Sends the next chunk to `dst` if its reader has made room. `store(chunk)` stores the rows and returns their number.
+// True: something moved.
+template <class Store>
+bool continue_stream(Context& c, CpuMachine& machine, OpenRound& open, Verb verb, i32 dst, Store store) {
+  OutStream& out = open.out[static_cast<size_t>(dst)];
+  if (!out.open) return false;
+  const Reading room = read_room(c, open, verb, dst, out.next_chunk);
+  if (room == Reading::declined || is_suspect(*c.state, dst)) {
+    decline(c, open, verb, dst, out.next_chunk);
+    out.open = false;
+    return true;
+  }
+  if (room == Reading::absent) return false;
+  const u64 count = store(out.next_chunk);
+  const bool last = out.next_chunk + 1 == out.num_chunks;
+  signal_chunk(c, open, verb, dst, out.next_chunk, count, last);
+  ++out.next_chunk;
+  out.open = !last;
+  machine.advance();
+  return true;
+}
+
+// Works through everything that can be done without waiting (`pump`: true, something moved), and waits for one peer
+// after the other whose word is missing (`awaits`). Time counts against those peers only, and against each from the
+// moment on which its word is missing: one that has given all it can give is not late.
+template <class Pump, class Awaits, class LookFor>
+Status serve_peers(CpuMachine& machine, RankState& state, i32 num_ranks, Pump pump, Awaits awaits, LookFor look_for) {
+  auto work = [&] {
+    while (pump()) {
+    }
+    for (i32 peer = 0; peer < num_ranks; ++peer) machine.expect_if(awaits(peer), peer);
+  };
+  // From the start each time: what one peer sends can make another's stream go on.
+  auto first_awaited = [&] {
+    for (i32 peer = 0; peer < num_ranks; ++peer)
+      if (awaits(peer)) return peer;
+    return kNobody;
+  };
+  work();
+  for (i32 peer = first_awaited(); peer != kNobody; peer = first_awaited()) {
+    const Waited waited = wait_for(machine, state, peer, [&] {
+      work();
+      look_for(peer);
+      return awaits(peer) ? Reading::absent : Reading::present;
+    });
+    if (waited != Waited::released) continue;
+    machine.expect_nobody();
+    return released_status(state);
+  }
+  machine.expect_nobody();
+  return Status::ok;
+}
+
+// The rest of a batch that did not fit into the first chunks, one chunk a call. True: something moved.
+bool continue_dispatch(Context& c, CpuMachine& machine, OpenRound& open, i32 dst);
+bool continue_answer(Context& c, CpuMachine& machine, OpenRound& open, i32 owner);
+// Ends a dispatch that was never received, so that nobody waits for my chunks or for my `taken`.
+void give_up_dispatch(Context& c, OpenRound& open);
+
+}  // namespace fa2a
