@@ -18,7 +18,7 @@ from fault_a2a.core_fields import core_fields, phases
 from fault_a2a.errors import ClosedError, ConstructError, FaultA2AError, QuorumLostError, RankEvictedError
 from fault_a2a.group import Group, as_group, forget_names, host_of_this_process
 from fault_a2a.lent_memory import LentMemory
-from fault_a2a.membership import Evidence, MembershipThread, StoreArbiter, View
+from fault_a2a.membership import Evidence, MembershipThread, View, arbiter_for
 from fault_a2a.placement import as_whole_number
 from fault_a2a.rounds import Handle, Outcome, Received, RecvHook, SourceStats
 
@@ -119,7 +119,7 @@ class Buffer:
             self.group.meet("opened", deadline)
             self.id = ops.register(self)
             self._memory = LentMemory(self.recv_shape, self.config.recv_dtype)
-            self._membership = MembershipThread(self.core, StoreArbiter(self.group))
+            self._membership = MembershipThread(self.core, arbiter_for(self.config, self.group))
             self._warm_up()
             self.group.meet("warm", deadline, trouble=self._who_gave_up)
         except FaultA2AError:

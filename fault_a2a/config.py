@@ -14,6 +14,7 @@ RECV_FORMATS = ("batched", "packed")
 REDUCES = ("owner", "expert")
 WEIGHTS_AT = ("owner", "expert")
 ON_LOST = ("drop", "renormalize")
+AGREEMENTS = ("windows", "store")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # What rows may travel as, besides `dtype`: one byte an element, and scales.
 DISPATCH_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.uint8)
@@ -49,7 +50,13 @@ _WHOLE_NUMBERS = {
 }
 # How long each rank is ready to wait for the others is its own business.
 _MAY_DIFFER = ("construct_timeout_ms",)
-_CHOICES = {"recv_format": RECV_FORMATS, "reduce": REDUCES, "on_lost": ON_LOST, "weights_at": WEIGHTS_AT}
+_CHOICES = {
+    "recv_format": RECV_FORMATS,
+    "reduce": REDUCES,
+    "on_lost": ON_LOST,
+    "weights_at": WEIGHTS_AT,
+    "agreement": AGREEMENTS,
+}
 
 
 @dataclass(frozen=True)
@@ -79,6 +86,9 @@ class Config:
         settle_ms: how long an accusation other than a process exit waits for others to join it, 0 or more.
         construct_timeout_ms: how long ``Buffer(...)`` waits for the group to come together.
         agreement_timeout_ms: how long a rank waits for its peers to agree on a view before it suspends itself.
+        agreement: who decides between proposals for a view. ``"windows"``: the members, over their shared memory,
+            without a leader or a store; ``"store"``: the group's store, by ``compare_set``; while that is gone, views
+            cannot change.
         num_spare_partitions: landing room on each rank, per host, kept for ranks that come back, 0 to 64.
         num_chunk_tokens: windows hold so many tokens of each rank (twice, if there are more); a longer batch travels
             as a stream of such chunks, each of which waits until its reader has made room. 1 to
@@ -115,6 +125,7 @@ class Config:
     construct_timeout_ms: int = 60000
     agreement_timeout_ms: int = 10000
     num_spare_partitions: int = 1
+    agreement: str = "windows"
     num_chunk_tokens: int | None = None
     dispatch_dtype: torch.dtype | None = None
     scale_dtype: torch.dtype = torch.float32

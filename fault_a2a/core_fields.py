@@ -25,6 +25,7 @@ def core_fields(config: Config, num_ranks: int, rank: int) -> dict[str, Any]:
         "expert_rank": list(placement.expert_rank),
         "expert_local": list(placement.expert_local),
         "num_local_experts": placement.num_local_experts(rank),
+        "agree_by_windows": config.agreement == "windows",
         **{name: getattr(config, name) for name in _TIMEOUTS},
     }
 

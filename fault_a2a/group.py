@@ -22,8 +22,8 @@ class Group:
 
     Args:
         store: a ``torch.distributed`` store that all ranks reach (``TCPStore``, ``HashStore``). It is used for
-            construction and, until agreement over the windows themselves is built, to decide between proposals for a
-            view; no row and no beat goes through it.
+            construction, and with ``Config(agreement="store")`` to decide between proposals for a view; otherwise it
+            may be lost afterwards. No row and no beat goes through it.
         rank: this rank, 0 to ``num_ranks - 1``.
         num_ranks: ranks of the group, 1 to 1024.
         name: several groups on one store need different names. Several buffers of one group do not, if every rank

@@ -1,4 +1,4 @@
-"""Membership's face: views and evidence as Python sees them, and the arbiter between proposals for a view."""
+"""Membership's face: views and evidence as Python sees them, and an arbiter for groups that decide by their store."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from fault_a2a.config import Config
 from fault_a2a.group import Group
 
 _log = logging.getLogger(__name__)
@@ -59,7 +60,7 @@ class Evidence:
 
 
 class Arbiter(Protocol):
-    """Decides between proposals for one epoch: the first one wins, for everybody and for ever."""
+    """Decides between proposals for one epoch, in place of the members: the first one wins, for ever."""
 
     def decide(self, proposal: dict[str, Any]) -> dict[str, Any]:
         """Returns the decision of ``proposal["epoch"]``, which may be another rank's proposal. Blocks; may raise."""
@@ -83,18 +84,24 @@ class StoreArbiter:
         return decision
 
 
-class MembershipThread:
-    """Carries proposals from the native core to the arbiter, and view changes to callbacks.
+def arbiter_for(config: Config, group: Group) -> Arbiter | None:
+    """``None``: the members decide natively, and no proposal comes to Python."""
+    return StoreArbiter(group) if config.agreement == "store" else None
 
-    It is a Python thread: while somebody holds the GIL it stands still. Beats, watching, promises and the adoption of
-    decisions do not go through it, and another rank proposes if this one does not.
+
+class MembershipThread:
+    """Carries view changes to callbacks and, where there is an arbiter, proposals from the native core to it.
+
+    It is a Python thread: while somebody holds the GIL it stands still. Without an arbiter nothing that the group needs
+    goes through it; with one, beats, watching, promises and the adoption of decisions do not, and another rank proposes
+    if this one does not.
     """
 
     POLL_MS = 200
     # After an error, doubled with every further one: a store that is gone complains on stderr each time it is asked.
     MIN_PAUSE_S, MAX_PAUSE_S = 0.05, 1.0
 
-    def __init__(self, endpoint: Any, arbiter: Arbiter) -> None:
+    def __init__(self, endpoint: Any, arbiter: Arbiter | None) -> None:
         self._endpoint = endpoint
         self._arbiter = arbiter
         self._callbacks: list[Callable[[View], None]] = []
@@ -113,18 +120,20 @@ class MembershipThread:
     def stop(self) -> None:
         self._ending.set()
         if threading.current_thread() is not self._thread:
-            self._thread.join(timeout=2 * self.POLL_MS / 1000)
+            self._thread.join(timeout=2 * self.POLL_MS / 1000)  # at once, unless a callback is at work
 
     def _run(self) -> None:
         while not self._ending.is_set():
             proposal = self._endpoint.next_proposal(self.POLL_MS)
-            if self._ending.is_set():
+            # The core does not wait any more once it leaves: to ask it again would be a busy loop.
+            if self._ending.is_set() or self._endpoint.is_leaving():
                 return
             if proposal is not None:
                 self._decide(proposal)
             self._tell()
 
     def _decide(self, proposal: dict[str, Any]) -> None:
+        assert self._arbiter is not None, "the core hands out proposals only when it was told of an arbiter"
         try:
             self._endpoint.learn(self._arbiter.decide(proposal))
             self._pause_s = self.MIN_PAUSE_S
@@ -144,5 +153,5 @@ class MembershipThread:
             for callback in self._callbacks:
                 try:
                     callback(View.of(decision))
-                except Exception:  # the group must go on: this thread carries its proposals
+                except Exception:  # the group must go on: this thread may carry its proposals
                     _log.exception("a callback of on_view_change failed; views go on without it")

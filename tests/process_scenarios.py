@@ -48,9 +48,9 @@ def _hold_gil(here: Here, _: Buffer, number: int, round_number: int, seconds: fl
         sys.setswitchinterval(0.005)
 
 
-def gil_held_by_the_proposer(seconds: float = 2.0) -> Wrong:
-    """A rank dies while the one that would propose the next view holds the GIL: another does, and nobody waits."""
-    config = small(4)
+def gil_held_by_the_proposer(agreement: str, seconds: float = 2.0) -> Wrong:
+    """A rank dies while the one that would propose the next view holds the GIL: the view changes, and nobody waits."""
+    config = small(4, agreement=agreement)
     task = Rounds(between=partial(_hold_gil_and_say, rank=0, round_number=4, seconds=seconds))
     with Ranks(4, config, task) as ranks:
         ranks.wait_ready()
@@ -182,10 +182,10 @@ def killed_at_random(num_deaths: int, seed: int) -> Wrong:
     return wrong
 
 
-def killed(num_ranks: int, strikes: list[list[int]], seed: int) -> Wrong:
+def killed(num_ranks: int, strikes: list[list[int]], seed: int, agreement: str = "windows") -> Wrong:
     """Each strike kills its ranks at one instant, somewhere in a round; the rest go on."""
     dice = random.Random(seed)
-    config = small(num_ranks)
+    config = small(num_ranks, agreement=agreement)
     task = Rounds(seed=seed % 1000)
     gone: dict[int, int] = {}
     with Ranks(num_ranks, config, task) as ranks:
@@ -282,8 +282,8 @@ class Ending:
 
 
 def store_gone(num_ranks: int = 5) -> Wrong:
-    """Without a store no view can be decided: survivors finish the open round, then stop with an error, and close."""
-    config = small(num_ranks, agreement_timeout_ms=1500)
+    """Where the store decides and is gone, survivors finish the open round, then stop with an error, and close."""
+    config = small(num_ranks, agreement_timeout_ms=1500, agreement="store")
     with Ranks(num_ranks, config, _until_quorum_is_lost) as ranks:
         ranks.wait_ready()
         ranks.wait_begun(4, 0)

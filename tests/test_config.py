@@ -17,11 +17,12 @@ GOOD = {"num_experts": 32, "hidden": 1024, "num_topk": 4, "num_max_tokens_per_ra
 
 def test_defaults():
     config = Config(**GOOD)
-    assert (config.dtype, config.recv_format, config.reduce, config.on_lost) == (
+    assert (config.dtype, config.recv_format, config.reduce, config.on_lost, config.agreement) == (
         torch.bfloat16,
         "batched",
         "owner",
         "drop",
+        "windows",
     )
     assert config.hidden_bytes == 2048 and config.capacity(8) == 512
     assert (config.beat_ms, config.silence_ms, config.stall_ms, config.link_ms) == (10, 2000, 30000, 5000)
@@ -59,6 +60,7 @@ def test_config_is_frozen_and_hashable():
         ({"recv_format": None}, TypeError),
         ({"reduce": "rank"}, ValueError),
         ({"on_lost": "raise"}, ValueError),
+        ({"agreement": "leader"}, ValueError),
         ({"placement": [0, 1]}, ValueError),
         ({"placement": 7}, TypeError),
         ({"placement": ["a"] * 32}, TypeError),

@@ -13,6 +13,7 @@ import torch
 
 from fault_a2a._core import core
 from tests import scenarios
+from tests.ballots import WENT_WRONG, run
 from tests.scenarios import Wrong, without
 
 torch.set_num_threads(1)
@@ -45,13 +46,16 @@ TABLE: dict[str, tuple[Callable[[], Wrong], tuple[str, ...]]] = {
     "release_word": (scenarios.evicted_while_waiting, ()),
     "copy_fence": (scenarios.streamed_rows, ()),
 }
+# Without these two views of one epoch can be decided. No group of threads would meet that schedule in a lifetime, so
+# the test walks them all (tests/native/ballots.cpp; with the guards in, in tests/test_agreement.py).
+EXPLORED = ("record_before_answer", "frozen_records", "records_at_accept")
 # Without these a peer's number walks off the window, and red may be a dead process: each runs in one of its own.
 # guard -> (lie, other guards that must be out).
 DEADLY = {"clamp_count": ("count", ("check_index",)), "check_index": ("expert", ())}
 
 
 def test_every_guard_is_listed() -> None:
-    assert set(TABLE) | set(DEADLY) == set(core.guard_names())
+    assert set(TABLE) | set(DEADLY) | set(EXPLORED) == set(core.guard_names())
 
 
 @pytest.mark.parametrize("guard", TABLE)
@@ -69,6 +73,12 @@ def test_scenario_is_red_without_the_guard(guard: str) -> None:
     with without(guard, *others):
         # An accident of timing may need a second try to happen; that it can happen is what is shown.
         assert any(scenario() for _ in range(3))
+
+
+@pytest.mark.parametrize("guard", EXPLORED)
+def test_two_views_are_decided_without(guard: str) -> None:
+    walked = run("ballots", "without", guard)
+    assert walked.returncode == WENT_WRONG, walked.stdout + walked.stderr
 
 
 def lie_in_a_process(lie: str, guards_out: tuple[str, ...]) -> int:

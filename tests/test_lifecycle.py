@@ -119,6 +119,22 @@ def test_close_again_and_again() -> None:
         assert time.monotonic() - began < SOON_S
 
 
+def test_close_waits_for_no_period_of_a_thread() -> None:
+    """The thread that listens for view changes is woken by the leave, and does not fall asleep again after it."""
+    with VirtualRanks(2, config_of()) as ranks:
+        core = ranks.buffers[0].core
+        listener = threading.Thread(target=core.next_proposal, args=(60_000,), daemon=True)
+        listener.start()
+        time.sleep(0.05)
+        core.close()
+        listener.join(SOON_S)
+        assert not listener.is_alive(), "the leave woke nobody"
+        began = time.monotonic()
+        assert core.next_proposal(60_000) is None
+        assert core.is_leaving()
+        assert time.monotonic() - began < SOON_S
+
+
 def test_leaving_the_with_block_closes() -> None:
     config = config_of()
     with VirtualRanks(1, config) as ranks:

@@ -16,8 +16,9 @@ def test_holding_the_gil_for_five_seconds_is_no_silence() -> None:
     assert scenarios.gil_held() == []
 
 
-def test_a_proposer_that_holds_the_gil_holds_up_nobody() -> None:
-    assert scenarios.gil_held_by_the_proposer() == []
+@pytest.mark.parametrize("agreement", ["windows", "store"])
+def test_a_proposer_that_holds_the_gil_holds_up_nobody(agreement: str) -> None:
+    assert scenarios.gil_held_by_the_proposer(agreement) == []
 
 
 @pytest.mark.parametrize("apart_s", [3.0, pytest.param(10.0, marks=pytest.mark.slow)])
@@ -61,6 +62,10 @@ def test_death_of(num_ranks: int, victims: list[int]) -> None:
     assert scenarios.killed(num_ranks, [victims], seed=1) == []
 
 
+def test_deaths_where_the_store_decides() -> None:
+    assert scenarios.killed(5, [[0], [3, 4]], seed=1, agreement="store") == []
+
+
 # -- no cascade --------------------------------------------------------------------------------------------------------
 
 
@@ -84,7 +89,7 @@ def test_without_ticks_the_waiting_are_suspected() -> None:
 # -- the store, the end and the beginning ------------------------------------------------------------------------------
 
 
-def test_a_lost_store_ends_in_quorum_lost_and_nothing_hangs() -> None:
+def test_where_the_store_decides_its_loss_ends_in_quorum_lost_and_nothing_hangs() -> None:
     assert scenarios.store_gone() == []
 
 

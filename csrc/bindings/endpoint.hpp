@@ -24,6 +24,8 @@ struct EndpointConfig {
   std::vector<i32> expert_local;
   i32 num_local_experts = 0;
   i64 beat_ms = 10, silence_ms = 2000, stall_ms = 30000, link_ms = 5000, settle_ms = 50, agreement_timeout_ms = 10000;
+  // false: whoever owns this endpoint carries proposals to an arbiter.
+  bool agree_by_windows = true;
   u64 first_round = 0;  // tests start just before a field's end
   u64 first_epoch = 0;
   bool poison = false;  // fill fresh partitions with NaN, and their signal words with stale signals

@@ -109,6 +109,7 @@ EndpointConfig config_of(const py::dict& fields) {
   config.link_ms = fields["link_ms"].cast<i64>();
   config.settle_ms = fields["settle_ms"].cast<i64>();
   config.agreement_timeout_ms = fields["agreement_timeout_ms"].cast<i64>();
+  config.agree_by_windows = fields["agree_by_windows"].cast<bool>();
   if (fields.contains("first_round")) config.first_round = fields["first_round"].cast<u64>();
   if (fields.contains("first_epoch")) config.first_epoch = fields["first_epoch"].cast<u64>();
   if (fields.contains("poison")) config.poison = fields["poison"].cast<bool>();
@@ -295,6 +296,7 @@ void bind_endpoint(py::module_& m) {
              py::gil_scoped_release release;
              e.pulse().learn(learned);
            })
+      .def("is_leaving", [](Endpoint& e) { return e.pulse().ending(); })
       .def("proposal_failed", [](Endpoint& e) { e.pulse().proposal_failed(); });
   bind_faults(m, endpoint);
 }

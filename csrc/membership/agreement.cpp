@@ -10,7 +10,10 @@ namespace fa2a {
 Agreement::Agreement(const AgreementOptions& options, const Decision& first)
     : options_(options),
       current_(first),
-      first_seen_ns_(static_cast<size_t>(options.num_ranks) * static_cast<size_t>(options.num_ranks), 0) {}
+      consensus_(options.rank, options.num_ranks, options.stagger_ns),
+      first_seen_ns_(static_cast<size_t>(options.num_ranks) * static_cast<size_t>(options.num_ranks), 0) {
+  consensus_.begin_epoch(first);
+}
 
 void Agreement::learn(const Decision& decision) {
   if (decision.view.epoch != current_.view.epoch + 1) return;
@@ -20,6 +23,7 @@ void Agreement::learn(const Decision& decision) {
 
 void Agreement::installed(const Decision& decision) {
   current_ = decision;
+  consensus_.begin_epoch(decision);
   has_learned_ = proposed_ = false;
   changing_since_ns_ = ready_since_ns_ = 0;
   first_seen_ns_.assign(first_seen_ns_.size(), 0);
@@ -71,7 +75,7 @@ bool Agreement::should_change(const std::vector<MemberReport>& reports, const Ed
   return false;
 }
 
-// Members spread a decision over their control pages, so that only the proposer ever talks to the arbiter.
+// Members spread a decision over their control pages: only a proposer counts votes, or talks to an arbiter outside.
 bool Agreement::adopt_from_peers(const std::vector<MemberReport>& reports, AgreementStep& out) {
   for (i32 rank = 0; rank < options_.num_ranks; ++rank) {
     const Decision* decision = reports[static_cast<size_t>(rank)].decision;
@@ -87,17 +91,18 @@ bool Agreement::adopt_from_peers(const std::vector<MemberReport>& reports, Agree
   return false;
 }
 
-Decision Agreement::make_proposal(const std::vector<MemberReport>& reports, const Edges& edges, const RankSet& next,
-                                  const std::string& reason) const {
+Decision Agreement::make_proposal(const std::vector<MemberReport>& reports, const Edges& edges,
+                                  const Prospect& prospect) const {
   Decision proposal = current_;
   proposal.view.epoch = current_.view.epoch + 1;
-  proposal.view.active = next;
+  proposal.view.active = prospect.next;
   for (i32 rank = 0; rank < options_.num_ranks; ++rank) {
     const MemberReport& report = reports[static_cast<size_t>(rank)];
     // After everything that any kept member may have started. Taking one rank's own word for it would let a peer that
     // is ahead run the same round under the old view.
     const bool counts = rank == options_.rank || guarded(guard_promise);
-    if (next.has(rank) && counts && has_promised(report) && promised_round(report.promise) > proposal.view.first_round)
+    if (prospect.next.has(rank) && counts && has_promised(report) &&
+        promised_round(report.promise) > proposal.view.first_round)
       proposal.view.first_round = promised_round(report.promise);
     // What a rank said before it died does not count against those it named.
     if (report.proven_dead) continue;
@@ -109,12 +114,12 @@ Decision Agreement::make_proposal(const std::vector<MemberReport>& reports, cons
     }
   }
   memset(proposal.reason, 0, sizeof proposal.reason);
-  strncpy(proposal.reason, reason.c_str(), sizeof proposal.reason - 1);
+  strncpy(proposal.reason, prospect.reason.c_str(), sizeof proposal.reason - 1);
   return proposal;
 }
 
-void Agreement::consider(const std::vector<MemberReport>& reports, const Edges& edges, const RankSet& proven,
-                         i64 now_ns, AgreementStep& out) {
+Agreement::Prospect Agreement::consider(const std::vector<MemberReport>& reports, const Edges& edges,
+                                        const RankSet& proven, i64 now_ns, AgreementStep& out) {
   VerdictInput input;
   input.num_ranks = options_.num_ranks;
   input.members = current_.view.active;
@@ -123,11 +128,14 @@ void Agreement::consider(const std::vector<MemberReport>& reports, const Edges& 
   input.past_edges = current_.past_edges;
   const Verdict verdict = fa2a::verdict(input);
 
+  Prospect prospect;
+  prospect.next = verdict.next;
+  prospect.reason = verdict.reason;
   bool all_promised = true;
-  i32 place = 0, num_promised = 0;
+  i32 num_promised = 0;
   for (i32 rank = 0; rank < options_.num_ranks; ++rank) {
     if (!verdict.next.has(rank)) continue;
-    if (rank < options_.rank) ++place;
+    if (rank < options_.rank) ++prospect.place;
     if (has_promised(reports[static_cast<size_t>(rank)])) {
       ++num_promised;
     } else {
@@ -139,37 +147,66 @@ void Agreement::consider(const std::vector<MemberReport>& reports, const Edges& 
   // the next view's first.
   if (!guarded(guard_all_promised)) all_promised = 2 * num_promised > verdict.next.size();
 
-  const RankSet alive = current_.view.active.without(proven);
-  const i32 twice = 2 * verdict.next.size();
-  const bool quorum = twice > alive.size() || (twice == alive.size() && verdict.next.has(alive.lowest()));
+  const RankSet alive = options_.by_windows ? consensus_.living(reports) : current_.view.active.without(proven);
   const bool mine = verdict.next.has(options_.rank);
   // Something is being claimed that is not settled: with nothing proven, wait until it is or until it is withdrawn. Not
   // for ever: accusations that come and go must not hold the group.
   const bool patient = now_ns - changing_since_ns_ < 3 * options_.settle_ns || !edges.any_settled;
   const bool premature = edges.any_unsettled && proven.empty() && patient;
-  if (!all_promised || !quorum || !mine || premature) {
+  prospect.ready = all_promised && is_quorum(verdict.next, alive) && mine && !premature;
+  if (!prospect.ready)
     ready_since_ns_ = 0;
-    return;
-  }
-  if (ready_since_ns_ == 0) ready_since_ns_ = now_ns;
-  if (proposed_ || now_ns - ready_since_ns_ < place * options_.stagger_ns) return;
+  else if (ready_since_ns_ == 0)
+    ready_since_ns_ = now_ns;
+  return prospect;
+}
+
+void Agreement::propose_outside(const std::vector<MemberReport>& reports, const Edges& edges, const Prospect& prospect,
+                                i64 now_ns, AgreementStep& out) {
+  if (!prospect.ready || proposed_ || now_ns - ready_since_ns_ < prospect.place * options_.stagger_ns) return;
   proposed_ = true;
   out.propose = true;
-  out.proposal = make_proposal(reports, edges, verdict.next, verdict.reason);
+  out.proposal = make_proposal(reports, edges, prospect);
+}
+
+// One move a step: what it publishes must be on the page before it counts.
+void Agreement::take_ballot_on(const std::vector<MemberReport>& reports, const Edges& edges, const Prospect& prospect,
+                               i64 now_ns, AgreementStep& out) {
+  switch (consensus_.next(reports)) {
+    case ProposerMove::wait:
+      if (!prospect.ready || !consensus_.may_begin(prospect.place, ready_since_ns_, now_ns)) return;
+      consensus_.begin();
+      out.asks = true;
+      return;
+    case ProposerMove::choose:
+      // Free to choose, and what I stood for when I began is gone (a member died since): the ballot waits, as any
+      // proposal does, until all is there again.
+      if (consensus_.bound_to() == nullptr && !prospect.ready) return;
+      consensus_.ask_to_accept(consensus_.bound_to() != nullptr ? Decision(*consensus_.bound_to())
+                                                                : make_proposal(reports, edges, prospect));
+      out.asks = true;
+      return;
+    case ProposerMove::decided:
+      learn(Decision(consensus_.request().value));
+      return;
+    case ProposerMove::give_way:
+      consensus_.give_way(now_ns);
+      return;
+  }
+}
+
+bool Agreement::hand_out_decision(AgreementStep& out) const {
+  if (!has_learned_) return false;
+  (learned_.view.active.has(options_.rank) ? out.decided : out.evicted) = true;
+  out.decision = learned_;
+  return true;
 }
 
 AgreementStep Agreement::step(const std::vector<MemberReport>& reports, i64 now_ns) {
   AgreementStep out;
-  if (adopt_from_peers(reports, out)) return out;
-  if (has_learned_) {
-    if (learned_.view.active.has(options_.rank)) {
-      out.decided = true;
-    } else {
-      out.evicted = true;
-    }
-    out.decision = learned_;
-    return out;
-  }
+  if (adopt_from_peers(reports, out) || hand_out_decision(out)) return out;
+  // Everybody votes: suspended or not, whether it promised to hold its rounds or sees no reason to.
+  if (options_.by_windows) out.answered = consensus_.vote(reports, now_ns);
   RankSet proven;
   for (i32 rank = 0; rank < options_.num_ranks; ++rank)
     if (reports[static_cast<size_t>(rank)].proven_dead && current_.view.active.has(rank)) proven.add(rank);
@@ -181,8 +218,12 @@ AgreementStep Agreement::step(const std::vector<MemberReport>& reports, i64 now_
     out.promise = true;
     return out;
   }
-  consider(reports, edges, proven, now_ns, out);
-  out.quorum_lost = now_ns - changing_since_ns_ > options_.timeout_ns;
+  const Prospect prospect = consider(reports, edges, proven, now_ns, out);
+  if (options_.by_windows)
+    take_ballot_on(reports, edges, prospect, now_ns, out);
+  else
+    propose_outside(reports, edges, prospect, now_ns, out);
+  if (!hand_out_decision(out)) out.quorum_lost = now_ns - changing_since_ns_ > options_.timeout_ns;
   return out;
 }
 

@@ -1,23 +1,16 @@
 // From accusations to the next view: promises of all its members, one proposal, one decision. Pure: reports and time
-// in, effects out. Who decides between proposals is an arbiter outside (today the rendezvous store's compare_set).
+// in, effects out. The members decide between proposals by ballots over their pages, or an arbiter outside does.
 #pragma once
 
 #include <string>
 #include <vector>
 
+#include "membership/consensus.hpp"
+#include "membership/member_report.hpp"
 #include "protocol/control_page.hpp"
 #include "protocol/round.hpp"
 
 namespace fa2a {
-
-// What this rank can read of one member at this instant.
-struct MemberReport {
-  bool proven_dead = false;  // exit or left, verified by this rank itself
-  bool accused = false;      // this rank's kernels or watcher hold a suspicion against it
-  Promise promise;
-  const u64* accusations = nullptr;    // its row of the matrix; nullptr: cannot be read
-  const Decision* decision = nullptr;  // the newest view it knows to be decided; nullptr: cannot be read
-};
 
 struct AgreementOptions {
   i32 rank = 0;
@@ -25,11 +18,14 @@ struct AgreementOptions {
   i64 settle_ns = 50 * 1000000;
   i64 timeout_ns = 10000ll * 1000000;  // without a decision for this long, quorum counts as lost
   i64 stagger_ns = 20 * 1000000;       // the i-th member of the next view proposes i times later
+  bool by_windows = true;              // false: an arbiter outside decides between proposals
 };
 
 struct AgreementStep {
   bool promise = false;  // give this epoch's promise now
-  bool propose = false;  // hand `proposal` to the arbiter
+  RankSet answered;      // whose ballots I voted on: publish record(), then wake them
+  bool asks = false;     // publish record(), then request(), and wake everybody
+  bool propose = false;  // hand `proposal` to the arbiter outside
   Decision proposal;
   bool decided = false;  // `decision` is the next view; install it
   Decision decision;
@@ -45,6 +41,9 @@ class Agreement {
   // `now_ns` never goes back. `reports` has one entry a rank.
   AgreementStep step(const std::vector<MemberReport>& reports, i64 now_ns);
   void promised(const Promise& promise) { promise_ = promise; }
+  // What stands on this rank's page for the members that vote and propose.
+  const AcceptorRecord<Decision>& record() const { return consensus_.record(); }
+  const BallotRequest<Decision>& request() const { return consensus_.request(); }
   // The arbiter's answer, whoever's proposal it was.
   void learn(const Decision& decision);
   // The arbiter could not be asked; propose again after a pause.
@@ -63,16 +62,27 @@ class Agreement {
   Edges read_edges(const std::vector<MemberReport>& reports, i64 now_ns);
   bool should_change(const std::vector<MemberReport>& reports, const Edges& edges, const RankSet& proven) const;
   bool adopt_from_peers(const std::vector<MemberReport>& reports, AgreementStep& out);
-  void consider(const std::vector<MemberReport>& reports, const Edges& edges, const RankSet& proven, i64 now_ns,
-                AgreementStep& out);
-  Decision make_proposal(const std::vector<MemberReport>& reports, const Edges& edges, const RankSet& next,
-                         const std::string& reason) const;
+  struct Prospect {
+    RankSet next;
+    std::string reason;
+    bool ready = false;  // all is there that a proposal needs
+    i32 place = 0;       // of this rank among those that may propose
+  };
+  Prospect consider(const std::vector<MemberReport>& reports, const Edges& edges, const RankSet& proven, i64 now_ns,
+                    AgreementStep& out);
+  void propose_outside(const std::vector<MemberReport>& reports, const Edges& edges, const Prospect& prospect,
+                       i64 now_ns, AgreementStep& out);
+  void take_ballot_on(const std::vector<MemberReport>& reports, const Edges& edges, const Prospect& prospect,
+                      i64 now_ns, AgreementStep& out);
+  bool hand_out_decision(AgreementStep& out) const;
+  Decision make_proposal(const std::vector<MemberReport>& reports, const Edges& edges, const Prospect& prospect) const;
   bool has_promised(const MemberReport& report) const {
     return report.promise.epoch_plus_one == current_.view.epoch + 1;
   }
 
   AgreementOptions options_;
   Decision current_;
+  Consensus consensus_;
   Promise promise_;
   bool has_learned_ = false;
   Decision learned_;

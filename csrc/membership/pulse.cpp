@@ -5,43 +5,10 @@
 
 #include "host/clock.hpp"
 #include "host/doorbell.hpp"
+#include "membership/two_copies.hpp"
 #include "protocol/memory.hpp"
 
 namespace fa2a {
-
-namespace {
-
-// A record with one writer that peers may read at any time: odd while it is written. Word by word, so that a reader who
-// comes in between reads old and new words, sees that the count moved, and reads again.
-template <class Record>
-void publish_record(u64& seq, Record& shared, const Record& record) {
-  static_assert(sizeof(Record) % sizeof(u64) == 0, "copied in words");
-  store_release(&seq, load_relaxed(&seq) + 1);
-  full_fence();
-  auto* to = reinterpret_cast<u64*>(&shared);
-  const auto* from = reinterpret_cast<const u64*>(&record);
-  for (size_t i = 0; i < sizeof(Record) / sizeof(u64); ++i) store_relaxed(to + i, from[i]);
-  store_release(&seq, load_relaxed(&seq) + 1);
-}
-
-// False: it moved under us every time; the caller keeps what it had and looks again next turn.
-template <class Record>
-bool read_record(const u64& seq, const Record& shared, Record& out, u64& seen) {
-  for (i32 attempt = 0; attempt < 4; ++attempt) {
-    const u64 before = load_acquire(&seq);
-    if (before % 2 != 0) continue;
-    const auto* from = reinterpret_cast<const u64*>(&shared);
-    auto* to = reinterpret_cast<u64*>(&out);
-    for (size_t i = 0; i < sizeof(Record) / sizeof(u64); ++i) to[i] = load_relaxed(from + i);
-    full_fence();
-    if (load_acquire(&seq) != before) continue;
-    seen = before;
-    return true;
-  }
-  return false;
-}
-
-}  // namespace
 
 Pulse::Pulse(std::vector<ControlPage*> pages, RankState& state, const PulseOptions& options, const Decision& first)
     : pages_(std::move(pages)),
@@ -49,11 +16,11 @@ Pulse::Pulse(std::vector<ControlPage*> pages, RankState& state, const PulseOptio
       options_(options),
       detector_(options.agreement.num_ranks),
       reports_(pages_.size()),
-      peer_decisions_(pages_.size()),
-      peer_decision_seqs_(pages_.size(), 0),
+      copies_(pages_.size()),
       agreement_(options.agreement, first) {
   views_.push_back({first, now_ns()});
-  publish(first);
+  announced_epoch_ = first.view.epoch;
+  publish(own().decision, first);
   if (!options_.between_processes) return;
   for (const ControlPage* page : pages_) watches_.emplace_back(static_cast<i32>(page->pid));
 }
@@ -66,11 +33,15 @@ void Pulse::start() {
 }
 
 void Pulse::leave() {
+  {
+    // Under the mutex: a caller of next_proposal() is either before its look at `ending_` or asleep already.
+    std::lock_guard<std::mutex> lock(mutex_);
+    ending_.store(true);
+  }
+  changed_.notify_all();
   if (!thread_.joinable()) return;
-  ending_.store(true);
   ring_pulse(own());
   thread_.join();
-  changed_.notify_all();
 }
 
 void Pulse::vanish() {
@@ -85,6 +56,8 @@ void Pulse::run() noexcept {
   name_thread("fa2a-pulse");
   prefer_low_latency();
   death_word_.hold(&own().death_word);
+  // Not before the word is held: a record counts as frozen once the word says that its one writer is gone.
+  publish(own().acceptor, agreement_.record());
   while (!ending_.load()) {
     if (options_.pause_ns != nullptr) sleep_ns(options_.pause_ns->exchange(0));
     heard_ = __atomic_load_n(&own().pulse_bell, __ATOMIC_SEQ_CST);
@@ -158,19 +131,16 @@ void Pulse::accuse(i32 rank, Evidence kind, i64 now) {
   evidence_.push_back({rank, kind, now});
 }
 
-bool Pulse::read_decision(i32 rank) {
+// After look(): a record that is read once its writer is proven dead will not change any more.
+void Pulse::read_page(i32 rank, MemberReport& report) {
   const ControlPage& page = *pages_[static_cast<size_t>(rank)];
-  u64& seen = peer_decision_seqs_[static_cast<size_t>(rank)];
-  if (load_acquire(&page.decision_seq) != seen)
-    read_record(page.decision_seq, page.decision, peer_decisions_[static_cast<size_t>(rank)], seen);
-  return seen != 0;
-}
-
-Promise Pulse::read_promise(i32 rank) const {
-  const ControlPage& page = *pages_[static_cast<size_t>(rank)];
-  Promise promise, none;
-  u64 seen = 0;
-  return read_record(page.promise_seq, page.promise, promise, seen) ? promise : none;
+  PageCopies& copies = copies_[static_cast<size_t>(rank)];
+  report.promise = copies.promise.newest(page.promise) ? copies.promise.record : Promise();
+  report.accusations = page.accusations;
+  if (copies.decision.newest(page.decision)) report.decision = &copies.decision.record;
+  if (!options_.agreement.by_windows) return;
+  if (copies.acceptor.newest(page.acceptor)) report.votes = &copies.acceptor.record;
+  if (copies.request.newest(page.request)) report.request = &copies.request.record;
 }
 
 void Pulse::agree(i64 now) {
@@ -178,14 +148,8 @@ void Pulse::agree(i64 now) {
     MemberReport& report = reports_[static_cast<size_t>(rank)];
     report = MemberReport();
     report.proven_dead = proven_dead_.has(rank);
-    if (rank != options_.agreement.rank && !readable(rank)) {
-      report.accused = is_suspect(state_, rank);
-      continue;
-    }
     report.accused = is_suspect(state_, rank);
-    report.promise = read_promise(rank);
-    report.accusations = pages_[static_cast<size_t>(rank)]->accusations;
-    if (read_decision(rank)) report.decision = &peer_decisions_[static_cast<size_t>(rank)];
+    if (rank == options_.agreement.rank || readable(rank)) read_page(rank, report);
   }
   std::lock_guard<std::mutex> lock(mutex_);
   AgreementStep step = agreement_.step(reports_, now);
@@ -197,16 +161,18 @@ void Pulse::apply(AgreementStep& step, i64 now) {
     const View& view = agreement_.current().view;
     const Promise promise = give_promise(state_, view.epoch, view.first_round);
     agreement_.promised(promise);
-    publish_record(own().promise_seq, own().promise, promise);
+    publish(own().promise, promise);
     poke_ = true;
     ring_pulse(own());  // look again at once: mine may have been the last one missing
   }
+  publish_ballots(step);
   if (step.waits_for != awaited_promises_) awaited_since_ns_ = now;
   awaited_promises_ = step.waits_for;
   if (step.propose) {
     proposal_ = step.proposal;
     changed_.notify_all();
   }
+  if (step.decided || step.evicted) announce(step.decision);
   if (step.decided) install(step.decision, now);
   if (step.evicted) {
     __atomic_store_n(&own().life, static_cast<u32>(Life::evicted), __ATOMIC_SEQ_CST);
@@ -229,10 +195,11 @@ void Pulse::apply(AgreementStep& step, i64 now) {
 void Pulse::install(const Decision& decision, i64 now) {
   if (!ring_has_room(state_.ring, load_acquire(&state_.started))) return;
   install_view(state_, decision.view, proven_dead_);
-  publish(decision);
   for (i32 rank = 0; rank < options_.agreement.num_ranks; ++rank)
     if (decision.view.active.has(rank) && !proven_dead_.has(rank)) marked_.remove(rank);
   agreement_.installed(decision);
+  // After the decision: who finds a record of the new epoch must find on the same page what closed the old one.
+  publish(own().acceptor, agreement_.record());
   detector_.new_view();
   proposal_.reset();
   awaited_promises_ = RankSet();
@@ -241,9 +208,26 @@ void Pulse::install(const Decision& decision, i64 now) {
   changed_.notify_all();
 }
 
-void Pulse::publish(const Decision& decision) {
-  publish_record(own().decision_seq, own().decision, decision);
+// As soon as it is known, not when it is installed: this rank votes no more in the epoch that is closed, so others may
+// be unable to find the decision out for themselves. Also when it leaves this rank out, which may be the only one to
+// know.
+void Pulse::announce(const Decision& decision) {
+  if (announced_epoch_ == decision.view.epoch) return;
+  announced_epoch_ = decision.view.epoch;
+  publish(own().decision, decision);
   poke_ = true;
+}
+
+void Pulse::publish_ballots(const AgreementStep& step) {
+  if (!step.answered.empty() || step.asks) publish(own().acceptor, agreement_.record());
+  if (step.asks) {
+    publish(own().request, agreement_.request());
+    poke_ = true;
+    ring_pulse(own());  // my own vote is on its page now, and may be the one that was missing
+  }
+  // Only the one who counts: waking everybody for every vote would cost more than the agreement.
+  for (i32 rank = 0; rank < options_.agreement.num_ranks; ++rank)
+    if (step.answered.has(rank)) ring_pulse(*pages_[static_cast<size_t>(rank)]);
 }
 
 void Pulse::poke_peers() {
@@ -283,7 +267,7 @@ std::optional<Decision> Pulse::next_proposal(i64 timeout_ns) {
   // Without a pulse nothing is ever proposed, and a caller that asks again and again would be a helper thread after
   // all.
   if (!kWatched) timeout_ns = 3600 * 1000 * kNsPerMs;
-  if (!proposal_) changed_.wait_for(lock, std::chrono::nanoseconds(timeout_ns));
+  if (!proposal_ && !ending_.load()) changed_.wait_for(lock, std::chrono::nanoseconds(timeout_ns));
   std::optional<Decision> out;
   out.swap(proposal_);
   return out;

@@ -13,6 +13,7 @@
 #include "host/process.hpp"
 #include "membership/agreement.hpp"
 #include "membership/detector.hpp"
+#include "membership/two_copies.hpp"
 #include "protocol/rank_state.hpp"
 
 namespace fa2a {
@@ -37,6 +38,26 @@ struct ViewRecord {
   i64 installed_at_ns;
 };
 
+// A record of a page as it was last read: a page that has not moved is not read again.
+template <class Record>
+struct LastRead {
+  u64 version = 0;
+  Record record;
+
+  // False: there is none yet, or it moved whenever it was read, and what stands here now is half of one.
+  bool newest(const TwoCopies<Record>& shared) {
+    if (load_acquire(&shared.version) != version && !read_newest(shared, record, version)) version = 0;
+    return version != 0;
+  }
+};
+
+struct PageCopies {
+  LastRead<Promise> promise;
+  LastRead<Decision> decision;
+  LastRead<AcceptorRecord<Decision>> acceptor;
+  LastRead<BallotRequest<Decision>> request;
+};
+
 class Pulse {
  public:
   Pulse(std::vector<ControlPage*> pages, RankState& state, const PulseOptions& options, const Decision& first);
@@ -50,7 +71,7 @@ class Pulse {
   // Test build, virtual ranks: the thread just ends, as if the process had died.
   void vanish();
 
-  // For the arbiter's caller: blocks until this rank has a proposal, a view changed, or the time is over.
+  // For the arbiter's caller: blocks until this rank has a proposal, a view changed, it leaves, or the time is over.
   std::optional<Decision> next_proposal(i64 timeout_ns);
   void learn(const Decision& decision);
   void proposal_failed();
@@ -59,6 +80,7 @@ class Pulse {
   std::vector<ViewRecord> views() const;
   Decision current() const;
   bool changing() const { return changing_.load(); }
+  bool ending() const { return ending_.load(); }
 
  private:
   void run() noexcept;
@@ -68,9 +90,9 @@ class Pulse {
   void agree(i64 now);
   void apply(AgreementStep& step, i64 now);
   void install(const Decision& decision, i64 now);
-  void publish(const Decision& decision);
-  bool read_decision(i32 rank);
-  Promise read_promise(i32 rank) const;
+  void announce(const Decision& decision);
+  void publish_ballots(const AgreementStep& step);
+  void read_page(i32 rank, MemberReport& report);
   void rest(i64 now);
   void poke_peers();
   bool readable(i32 rank) const { return options_.unreadable == nullptr || !options_.unreadable->has(rank); }
@@ -90,14 +112,14 @@ class Pulse {
 
   // Only the thread touches these.
   std::vector<MemberReport> reports_;
-  std::vector<Decision> peer_decisions_;
-  std::vector<u64> peer_decision_seqs_;
-  RankSet marked_;  // suspicions already accounted for
+  std::vector<PageCopies> copies_;  // of every rank's page, this one's included
+  RankSet marked_;                  // suspicions already accounted for
   RankSet proven_dead_;
   RankSet awaited_promises_;
   i64 awaited_since_ns_ = 0;
   bool poke_ = false;
-  u32 heard_ = 0;  // the bell as it stood before this turn's look around
+  u64 announced_epoch_ = 0;  // of the decision on this rank's page
+  u32 heard_ = 0;            // the bell as it stood before this turn's look around
 
   mutable std::mutex mutex_;  // what callers and the thread share
   std::condition_variable changed_;

@@ -1,5 +1,5 @@
-// The control page of one rank: beats, doorbells, accusations and promises. Written by its rank, read by its peers'
-// host threads.
+// The control page of one rank: beats, doorbells, accusations, promises and ballots. Written by its rank, read by its
+// peers' host threads.
 #pragma once
 
 #include "protocol/compiler.hpp"
@@ -59,6 +59,37 @@ struct SentWords {
   u64 words[kNumWordKinds][kNumParities];
 };
 
+// Whatever one rank publishes and others read at any time. The copy that `version` names stands still while the other
+// one is written, so a writer that dies or is stopped in mid-update leaves the record before it, whole. (One copy
+// behind a count that is odd while it is written would stay unreadable for ever, and take its owner's votes with it.)
+template <class Record>
+struct TwoCopies {
+  u64 version = 0;  // 0: nothing published yet; the newest record stands in copies[version % 2]
+  Record copies[2];
+};
+
+// What a rank has promised and accepted in the agreement on the view after `epoch`. It is the answer to every request:
+// proposers read it from the page, so nothing can be answered before it is recorded, and it outlives its rank.
+template <class Value>
+struct AcceptorRecord {
+  u64 incarnation = 0;  // whose record it is
+  u64 epoch = 0;
+  u64 promised = 0;         // the highest ballot promised; 0: none
+  u64 accepted_ballot = 0;  // the ballot at which `accepted` was accepted; 0: nothing was
+  Value accepted{};
+};
+
+enum class BallotPhase : u64 { none, prepare, accept };
+
+// What a proposer asks of all members.
+template <class Value>
+struct BallotRequest {
+  u64 epoch = 0;
+  u64 ballot = 0;
+  BallotPhase phase = BallotPhase::none;
+  Value value{};  // for accept
+};
+
 struct ControlPage {
   u64 magic = 0;
   u64 shape_hash = 0;
@@ -75,10 +106,10 @@ struct ControlPage {
   u32 doorbell_waiters = 0;           // edited by waiters only
   alignas(kLine) u32 pulse_bell = 0;  // rung by peers' native threads
 
-  alignas(kLine) u64 promise_seq = 0;
-  Promise promise;
-  alignas(kLine) u64 decision_seq = 0;
-  Decision decision;
+  alignas(kLine) TwoCopies<Promise> promise;
+  alignas(kLine) TwoCopies<AcceptorRecord<Decision>> acceptor;
+  alignas(kLine) TwoCopies<BallotRequest<Decision>> request;
+  alignas(kLine) TwoCopies<Decision> decision;
   alignas(kLine) u64 accusations_version = 0;
   u64 accusations[kMaxRanks] = {};
   alignas(kLine) SentWords sent[kMaxRanks];

@@ -7,34 +7,37 @@
 namespace fa2a {
 
 // docs/protocol.md gives the accident that each one prevents; tests/test_guards.py takes each one out.
-#define FA2A_GUARDS(X)                                                                          \
-  X(consent)            /* rows of round r+2 wait for the reader's word about round r        */ \
-  X(recheck)            /* a source whose word changed while it was copied is not taken      */ \
-  X(hold)               /* no new round starts while an active peer is suspected             */ \
-  X(promise)            /* first_round comes after everything any kept member has started    */ \
-  X(promise_fence)      /* a promise is one store, one fence, one load, in this order        */ \
-  X(later_declined)     /* a later round in the word ends the wait for this one              */ \
-  X(round_compare)      /* a word of an older round is not this round's signal               */ \
-  X(epoch_compare)      /* a word signed in another view is not taken                        */ \
-  X(clamp_count)        /* a peer's count never bounds a loop                                */ \
-  X(check_index)        /* a peer's index never addresses memory                             */ \
-  X(chunk_compare)      /* a word of the chunk before is not this chunk's signal             */ \
-  X(chunk_consent)      /* half of a stream's slots is refilled only after its reader's word */ \
-  X(claims_met)         /* a source that sends other rows than it announced is not taken     */ \
-  X(mutual_wait)        /* a tick excuses nobody who waits for the one that judges           */ \
-  X(combine_count)      /* the owner compares the rows that came back with those it sent     */ \
-  X(one_answer)         /* a source that was not taken still gets a declined answer          */ \
-  X(third_round)        /* dispatch of r+2 only after combine r                              */ \
-  X(tick)               /* a rank that waits shows that it lives                             */ \
-  X(beat)               /* the native thread beats, whatever Python does                     */ \
-  X(gap_restart)        /* a watcher that slept restarts its deadlines                       */ \
-  X(waited_only)        /* silence counts only while somebody waits                          */ \
-  X(incarnation)        /* a partition belongs to one incarnation, fresh ones are pre-filled */ \
-  X(evicted_is_suspect) /* nobody waits for a rank that was voted out  */                       \
-  X(view_once)          /* a round keeps the view that it began with                         */ \
-  X(all_promised)       /* every next member has promised, a quorum is not enough            */ \
-  X(release_word)       /* the host can end any wait                                         */ \
-  X(copy_fence)         /* rows stored past the cache are there before their signal is       */
+#define FA2A_GUARDS(X)                                                                            \
+  X(consent)              /* rows of round r+2 wait for the reader's word about round r        */ \
+  X(recheck)              /* a source whose word changed while it was copied is not taken      */ \
+  X(hold)                 /* no new round starts while an active peer is suspected             */ \
+  X(promise)              /* first_round comes after everything any kept member has started    */ \
+  X(promise_fence)        /* a promise is one store, one fence, one load, in this order        */ \
+  X(later_declined)       /* a later round in the word ends the wait for this one              */ \
+  X(round_compare)        /* a word of an older round is not this round's signal               */ \
+  X(epoch_compare)        /* a word signed in another view is not taken                        */ \
+  X(clamp_count)          /* a peer's count never bounds a loop                                */ \
+  X(check_index)          /* a peer's index never addresses memory                             */ \
+  X(chunk_compare)        /* a word of the chunk before is not this chunk's signal             */ \
+  X(chunk_consent)        /* half of a stream's slots is refilled only after its reader's word */ \
+  X(claims_met)           /* a source that sends other rows than it announced is not taken     */ \
+  X(mutual_wait)          /* a tick excuses nobody who waits for the one that judges           */ \
+  X(combine_count)        /* the owner compares the rows that came back with those it sent     */ \
+  X(one_answer)           /* a source that was not taken still gets a declined answer          */ \
+  X(third_round)          /* dispatch of r+2 only after combine r                              */ \
+  X(tick)                 /* a rank that waits shows that it lives                             */ \
+  X(beat)                 /* the native thread beats, whatever Python does                     */ \
+  X(gap_restart)          /* a watcher that slept restarts its deadlines                       */ \
+  X(waited_only)          /* silence counts only while somebody waits                          */ \
+  X(incarnation)          /* a partition belongs to one incarnation, fresh ones are pre-filled */ \
+  X(evicted_is_suspect)   /* nobody waits for a rank that was voted out  */                       \
+  X(view_once)            /* a round keeps the view that it began with                         */ \
+  X(all_promised)         /* every next member has promised, a quorum is not enough            */ \
+  X(release_word)         /* the host can end any wait                                         */ \
+  X(copy_fence)           /* rows stored past the cache are there before their signal is       */ \
+  X(record_before_answer) /* one word, stored last, says which copy of a record counts       */   \
+  X(frozen_records)       /* a dead member is discounted by its frozen record only             */ \
+  X(records_at_accept)    /* in counting accepts as much as in prepare                         */
 
 enum Guard : u32 {
 #define FA2A_GUARD_NAME(name) guard_##name,

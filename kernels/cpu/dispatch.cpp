@@ -41,7 +41,12 @@ Status begin_round(Context& c, CpuMachine& machine, u64 round, OpenRound& open) 
   for (;;) {
     const Waited waited = wait_for(machine, *c.state, kNobody,
                                    [&] { return gate_is_open(*c.state, round) ? Reading::present : Reading::absent; });
-    if (waited == Waited::released) return released_status(*c.state);
+    if (waited == Waited::released) {
+      // ok: quorum came back between the two looks, and this round has not begun.
+      const Status why = released_status(*c.state);
+      if (why != Status::ok) return why;
+      continue;
+    }
     if (start_round(*c.state, round)) break;
   }
   const View& view = view_for_round(c.state->ring, round);

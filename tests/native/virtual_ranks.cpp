@@ -1,5 +1,5 @@
-// Four virtual ranks run rounds; one leaves, one dies in mid-combine. The survivors' sums are exact, and sanitizers
-// look on.
+// Four virtual ranks run rounds; one leaves, one dies in mid-combine, and the rest agree by windows, then by an
+// arbiter. The survivors' sums are exact, and sanitizers look on.
 #include <stdio.h>
 #include <string.h>
 
@@ -17,8 +17,8 @@ using namespace fa2a;
 
 namespace {
 
-constexpr i32 kNumRanks = 4, kNumExperts = 8, kNumTopk = 3, kNumMaxTokens = 6, kHidden = 16, kNumRounds = 1200;
-constexpr i32 kLeaver = 3, kLeavesAt = 400, kVictim = 2, kDiesAt = 800;
+constexpr i32 kNumRanks = 4, kNumExperts = 8, kNumTopk = 3, kNumMaxTokens = 6, kHidden = 16, kNumRounds = 600;
+constexpr i32 kLeaver = 3, kLeavesAt = 200, kVictim = 2, kDiesAt = 400;
 constexpr u8 kDelivered = static_cast<u8>(Outcome::delivered), kLost = static_cast<u8>(Outcome::lost);
 
 std::atomic<i32> num_failures{0};
@@ -29,7 +29,7 @@ void expect(bool holds, const char* what, i32 rank, u64 round) {
   fprintf(stderr, "rank %d, round %llu: %s\n", rank, round, what);
 }
 
-EndpointConfig config_of(i32 rank) {
+EndpointConfig config_of(i32 rank, bool by_windows) {
   EndpointConfig config;
   config.shape.num_ranks = kNumRanks;
   config.shape.num_experts = kNumExperts;
@@ -43,6 +43,7 @@ EndpointConfig config_of(i32 rank) {
   config.silence_ms =
       1500;  // the victim says nothing when it dies; a sanitizer is slow, and must not be taken for silence
   config.settle_ms = 5;
+  config.agree_by_windows = by_windows;
   for (i32 expert = 0; expert < kNumExperts; ++expert) {
     config.expert_rank.push_back(expert / config.num_local_experts);
     config.expert_local.push_back(expert % config.num_local_experts);
@@ -152,12 +153,11 @@ void serve_arbiter(Endpoint& endpoint, Arbiter& arbiter, const std::atomic<bool>
   }
 }
 
-}  // namespace
-
-int main() {
-  auto group = std::make_shared<LocalGroup>(config_of(0).shape);
+void run_group(bool by_windows) {
+  auto group = std::make_shared<LocalGroup>(config_of(0, by_windows).shape);
   std::vector<std::unique_ptr<Endpoint>> ranks;
-  for (i32 rank = 0; rank < kNumRanks; ++rank) ranks.push_back(std::make_unique<Endpoint>(config_of(rank), group, ""));
+  for (i32 rank = 0; rank < kNumRanks; ++rank)
+    ranks.push_back(std::make_unique<Endpoint>(config_of(rank, by_windows), group, ""));
   for (auto& rank : ranks) rank->create();
   for (auto& rank : ranks) rank->open_peers();
   for (auto& rank : ranks) rank->serve();
@@ -182,5 +182,11 @@ int main() {
   over.store(true);
   for (auto& thread : arbiters) thread.join();
   for (auto& rank : ranks) rank->close();
+}
+
+}  // namespace
+
+int main() {
+  for (bool by_windows : {true, false}) run_group(by_windows);
   return num_failures.load() == 0 ? 0 : 1;
 }
