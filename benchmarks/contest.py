@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -33,12 +34,12 @@ def run_contest(
     num_iterations: int,
     orders: Sequence[int] = TURN,
     watch: Callable[[int], None] = lambda iteration: None,
-    alternate: bool = False,
+    shuffle_seed: int | None = None,
 ) -> list[Score]:
     """Forks the teams, checks every one, and times them in turns. Every process is gone when it returns or raises.
 
-    A team that fails is ended and has no times; the others go on. With ``alternate`` every second iteration runs the
-    teams in the opposite order (A B B A ...), so that no team always follows the same other one.
+    A team that fails is ended and has no times; the others go on. With ``shuffle_seed`` the order within an iteration
+    is drawn anew, and no team has two turns in a row.
 
     Raises:
         RuntimeError: this process has several threads, so it cannot fork safely.
@@ -54,10 +55,13 @@ def run_contest(
         scores = [Score(team.name) for team in teams]
         for team, score in zip(teams, scores, strict=True):
             _attempt(team, score, partial(team.build, store.port, NUM_BATCHES))
+        order = list(range(len(teams)))
+        chance = None if shuffle_seed is None else random.Random(shuffle_seed)
         for iteration in range(-num_warm_up, num_iterations):
             watch(iteration)
-            pairs = list(zip(teams, scores, strict=True))
-            for team, score in reversed(pairs) if alternate and iteration % 2 else pairs:
+            if chance is not None:
+                order = next_order(order, chance)
+            for team, score in ((teams[i], scores[i]) for i in order):
                 if not score.failure:
                     _attempt(team, score, partial(_take_turn, team, score, orders, is_counted=iteration >= 0))
         for team, score in zip(teams, scores, strict=True):
@@ -70,6 +74,18 @@ def run_contest(
         for team in teams:
             team.kill()
         _forget_windows(store if len(teams) == len(make_teams) else None, teams)
+
+
+def next_order(order: Sequence[int], chance: random.Random) -> list[int]:
+    """A drawn order that does not begin with the one that was last.
+
+    Not the reverse order every second time (A B C C B A): the team in the middle would be the only one that never has
+    two turns in a row, with its rows still in the cache.
+    """
+    drawn = chance.sample(order, len(order))
+    while len(order) > 1 and drawn[0] == order[-1]:
+        drawn = chance.sample(order, len(order))
+    return drawn
 
 
 def _take_turn(team: Team, score: Score, orders: Sequence[int], is_counted: bool) -> None:

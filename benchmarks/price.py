@@ -4,9 +4,10 @@ Three groups of processes of one shape take turns under one parent: the core wit
 (checked), the core without either (unchecked), and the checked one once more (control). Two cores cannot live in one
 process, so each group loads its own after the fork. While a group runs, the others are stopped (SIGSTOP), pulse
 threads included: otherwise the pulse of the checked group would slow the unchecked one down and hide its own price.
-A pair is one turn of each, a second or less apart; every second pair runs in the opposite order. The price is the
-median over pairs of the ratio of their times, with its bootstrap interval; the control shows what the same ratio is
-when there is nothing to find. Red only if the interval's lower bound is above the limit.
+A pair is one turn of each, a second or less apart; the order within it is drawn, and no group has two turns in a row,
+which would leave its rows in the cache. The price is the median over pairs of the ratio of their times, with its
+bootstrap interval; the control shows what the same ratio is when there is nothing to find. Red only if the interval's
+lower bound is above the limit.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ def measure(arguments: argparse.Namespace, watch: Callable[[int], None]) -> dict
         arguments.pairs,
         orders=(SETTLE, *[WHOLE] * arguments.rounds),
         watch=watch,
-        alternate=True,
+        shuffle_seed=arguments.seed,
     )
     record = {
         "benchmark": "price",

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import instructions, price
+from benchmarks.contest import next_order
 from benchmarks.work import Shape
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -113,3 +115,13 @@ def test_instructions_are_those_of_the_core():
     shape = Shape(2, 6, 64, 2, 8, "bf16", "batched", "owner")
     counted = {core: instructions.count(shape, core, 5) for core in ("", "hooks")}
     assert 1_000 < counted[""] < counted["hooks"]  # the hooks are extra work
+
+
+def test_no_team_has_two_turns_in_a_row_and_all_orders_come():
+    chance, order, seen = random.Random(2), [0, 1, 2], set()
+    for _ in range(200):
+        last, order = order[-1], next_order(order, chance)
+        assert sorted(order) == [0, 1, 2] and order[0] != last
+        seen.add(tuple(order))
+    assert len(seen) == 6
+    assert next_order([0], chance) == [0]
