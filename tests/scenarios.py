@@ -309,9 +309,9 @@ def third_round() -> Wrong:
         return ["a third round was opened"]
 
 
-def lying(*lies: str, from_round: int = 4, wait_ms: int = 60_000) -> Wrong:
+def lying(*lies: str, from_round: int = 4, wait_ms: int = 60_000, stall_ms: int = 30_000) -> Wrong:
     """Rank 1 writes wrong numbers. Nobody crashes, no wrong row is taken, and nobody honest is suspected."""
-    config = small(num_topk=4, link_ms=wait_ms)
+    config = small(num_topk=4, link_ms=wait_ms, stall_ms=stall_ms)
     work = Work(config, 3)
     with VirtualRanks(3, config, poison=True) as ranks:
         ranks.buffers[1].core.set_faults(
@@ -320,7 +320,7 @@ def lying(*lies: str, from_round: int = 4, wait_ms: int = 60_000) -> Wrong:
         tallies = run_checked(ranks, work, 10)
         wrong = corrupt([tallies[0], tallies[2]]) + [str(found) for found in suspicions_of(ranks, {0, 2})]
         # Its own accusations of those who refuse it are its business; it was honest enough to be answered.
-        wrong += [f"the liar had no answer: {e}" for e in ranks.buffers[1].evidence() if e.kind == "link"]
+        wrong += [f"the liar had no answer: {e}" for e in ranks.buffers[1].evidence() if e.kind in ("link", "stall")]
         refused = sum(ranks.buffers[rank].core.stats()["num_rejected"] for rank in (0, 2))
         if refused == 0 and set(lies) & {"count", "expert", "choice", "num_choices", "twice", "claims"}:
             wrong.append("a wrong number was believed")

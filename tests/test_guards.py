@@ -35,7 +35,7 @@ TABLE: dict[str, tuple[Callable[[], Wrong], tuple[str, ...]]] = {
     "claims_met": (lambda: scenarios.lying("claims"), ()),
     "mutual_wait": (scenarios.crossed_orders, ()),
     "combine_count": (lambda: scenarios.lying("combine_count", from_round=0), ()),
-    "one_answer": (lambda: scenarios.lying("expert", wait_ms=300), ()),
+    "one_answer": (lambda: scenarios.lying("expert", wait_ms=300, stall_ms=600), ()),
     "third_round": (scenarios.third_round, ()),
     "tick": (scenarios.waiting_longer_than_a_stall, ()),
     "beat": (scenarios.long_compute, ()),

@@ -137,6 +137,18 @@ def test_part_of_a_combine_stream_counts() -> None:
     assert any(0 < share < 1 for share in shares), shares
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_a_writer_that_never_asks(seed: int) -> None:
+    """It stores over chunks that are being read. Its rows may be torn, and no call hangs for it."""
+    config = config_of(num_max_tokens_per_rank=96, num_chunk_tokens=2, num_experts=8, hidden=2048)
+    work = Work(config, 3, seed=seed)
+    with VirtualRanks(3, config, poison=True) as ranks:
+        ranks.buffers[1].core.set_faults({"ignore_consent": True})
+        tallies = run_checked(ranks, work, 6)
+        assert [(tally.rounds, tally.error) for tally in tallies] == [(6, None)] * 3
+        assert not [text for text in corrupt(tallies) if "from rank 1" not in text and "out is not" not in text]
+
+
 # --- prefill: 8,192 tokens a rank
 
 PREFILL = {"num_experts": 8, "hidden": 8, "num_topk": 2, "num_max_tokens_per_rank": 8192, "num_chunk_tokens": 512}

@@ -40,7 +40,9 @@ Evidence Detector::judge_silence(Peer& peer, const OwnWait& wait, const Timeouts
 Evidence Detector::judge_link(Peer& peer, const PeerSample& sample, const OwnWait& wait,
                               const Timeouts& timeouts) const {
   // Only the word being looked at is known to be absent: others that a kernel will come to may have arrived.
-  const bool past_it = wait.absent && was_sent(sample.sent, wait.word);
+  // And a peer that is two rounds on has closed this one, so it has said something to everybody whom it counts in.
+  const bool is_long_past = rounds_ahead(sample.progress, signal_field::Round::unpack(wait.word)) >= 2;
+  const bool past_it = wait.absent && (was_sent(sample.sent, wait.word) || is_long_past);
   if (!past_it) {
     peer.link_since_ns = 0;
     return Evidence::none;

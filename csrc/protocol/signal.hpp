@@ -120,6 +120,8 @@ namespace progress_field {
 using Round = Field<40, 24>;
 using Phase = Field<32, 8>;
 using Tick = Field<0, 32>;
+static_assert(Round::shift == signal_field::Round::shift && Round::bits == signal_field::Round::bits,
+              "rounds_ahead reads either word");
 }  // namespace progress_field
 
 // `caller`: between two calls of a round, in the experts or whatever else its caller does.

@@ -1,4 +1,6 @@
 // Combine on the CPU, the half that receives: each owner sums what came back, and says exactly what did not.
+#include <algorithm>
+
 #include "kernels/cpu/rows.hpp"
 #include "kernels/cpu/stream.hpp"
 
@@ -159,9 +161,10 @@ bool Reduction::withdraw_changed() {
     const i32 first_chunk = stream.num_summed / c_.at.num_combine_rows;
     for (i32 chunk = first_chunk; chunk < stream.next_chunk; ++chunk) {
       const bool same = load_signal(c_, open_, Verb::combine, dst, chunk) == stream.words[half_of(c_, chunk)];
-      if (same || stream.num_rows <= chunk * c_.at.num_combine_rows) continue;
-      stream.num_rows = chunk * c_.at.num_combine_rows;
-      if (stream.num_rows < stream.num_summed) stream.num_rows = stream.num_summed;
+      if (same) continue;
+      // What is summed already was looked at in its turn; the rest of the chunk is not looked at again.
+      stream.num_rows = std::max(chunk * c_.at.num_combine_rows, stream.num_summed);
+      stream.next_chunk = chunk;
       end(dst, InStream::Stage::out);
       ++c_.stats.num_rechecks;
       changed = true;
