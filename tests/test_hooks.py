@@ -196,6 +196,29 @@ def test_abandoned_before_it_is_received(num_chunk_tokens: int) -> None:
         assert all(tally.lost_by_round[2] + tally.lost_by_round[3] == 0 for tally in tallies)
 
 
+def test_abandoned_in_the_middle_of_its_answer() -> None:
+    """The hook of a combine is dropped, and y with it: what had not gone out yet is lost, and nothing reads y again."""
+    config = small(num_max_tokens_per_rank=64, num_chunk_tokens=2)
+    work = Work(config, 3)
+    with VirtualRanks(3, config, poison=True) as ranks:
+
+        def one(buffer: Buffer) -> Tally:
+            checker = Checker(buffer, work)
+            if buffer.rank != 1:
+                return checker.run(3)
+            received, handle = checker.dispatch(1)
+            y = checker.experts(received)
+            buffer.combine(y, handle, return_recv_hook=True)
+            y.fill_(float("nan"))
+            buffer.abandon(handle)
+            return checker.run(2)
+
+        tallies = raised(ranks.run(one))
+        assert corrupt(tallies) == []
+        assert [bool(tally.lost_by_round[1]) for tally in tallies] == [True, False, True]
+        assert all(tally.lost_by_round[2] + tally.lost_by_round[3] == 0 for tally in tallies)
+
+
 @pytest.mark.parametrize("num_chunk_tokens", [24, 4])
 def test_close_with_a_hook_not_called(num_chunk_tokens: int) -> None:
     config = small(num_max_tokens_per_rank=24, num_chunk_tokens=num_chunk_tokens)

@@ -217,13 +217,9 @@ void give_up_dispatch(Context& c, OpenRound& open) {
   open.taken = RankSet();
   open.received.clear();
   open.received_from.assign(static_cast<size_t>(c.shape.num_ranks) + 1, 0);
-  for (i32 peer = 0; peer < c.shape.num_ranks; ++peer) {
-    if (!open.active.has(peer)) continue;
-    OutStream& out = open.out[static_cast<size_t>(peer)];
-    if (out.open) decline(c, open, Verb::dispatch, peer, out.next_chunk);
-    out.open = false;
-    refuse(c, open, Verb::dispatch, peer, 0);
-  }
+  stop_streams(c, open, Verb::dispatch);
+  for (i32 peer = 0; peer < c.shape.num_ranks; ++peer)
+    if (open.active.has(peer)) refuse(c, open, Verb::dispatch, peer, 0);
 }
 
 DispatchResult dispatch_send(Context& c, const DispatchArgs& args) {

@@ -304,6 +304,8 @@ CombineResult abandon(Context& c, u64 round) {
     const CombineResult sent = combine_send(c, {nullptr, round, /*abandon=*/true});
     if (sent.status != Status::ok) return sent;
   }
+  // Nothing more of a stream: whoever dropped its hook dropped the rows as well.
+  stop_streams(c, open, Verb::combine);
   return close_round(c, open, nullptr);
 }
 

@@ -53,6 +53,14 @@ void decline(Context& c, const OpenRound& open, Verb verb, i32 dst, i32 chunk) {
   put_signal(c, open, verb, dst, chunk, stream_word(open, chunk, 0, /*last=*/true, /*declined=*/true));
 }
 
+void stop_streams(Context& c, OpenRound& open, Verb verb) {
+  for (i32 peer = 0; peer < c.shape.num_ranks; ++peer) {
+    OutStream& out = open.out[static_cast<size_t>(peer)];
+    if (out.open) decline(c, open, verb, peer, out.next_chunk);
+    out.open = false;
+  }
+}
+
 void tell_taken(Context& c, const OpenRound& open, Verb verb, i32 src, i32 chunk) {
   put_taken(c, open, verb, src, stream_word(open, chunk, 0, /*last=*/false, /*declined=*/false));
 }

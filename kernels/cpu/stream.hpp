@@ -84,6 +84,8 @@ Status serve_peers(CpuMachine& machine, RankState& state, i32 num_ranks, Pump pu
 // The rest of a batch that did not fit into the first chunks, one chunk a call. True: something moved.
 bool continue_dispatch(Context& c, CpuMachine& machine, OpenRound& open, i32 dst);
 bool continue_answer(Context& c, CpuMachine& machine, OpenRound& open, i32 owner);
+// Tells every peer that is still to get chunks of mine that no more are coming.
+void stop_streams(Context& c, OpenRound& open, Verb verb);
 // Ends a dispatch that was never received, so that nobody waits for my chunks or for my `taken`.
 void give_up_dispatch(Context& c, OpenRound& open);
 
