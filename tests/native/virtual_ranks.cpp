@@ -34,7 +34,8 @@ EndpointConfig config_of(i32 rank, bool by_windows) {
   config.shape.num_ranks = kNumRanks;
   config.shape.num_experts = kNumExperts;
   config.shape.num_topk = kNumTopk;
-  config.shape.num_max_tokens = config.shape.num_chunk_tokens = kNumMaxTokens;
+  config.shape.num_max_tokens = kNumMaxTokens;
+  config.shape.num_chunk_tokens = 2;  // so that most batches are streams
   config.shape.max_local_experts = config.num_local_experts = kNumExperts / kNumRanks;
   config.shape.hidden_bytes = config.shape.dispatch_bytes = kHidden * static_cast<i32>(sizeof(float));
   config.format.payload_bytes = static_cast<u64>(config.shape.dispatch_bytes);
