@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import pytest
@@ -26,12 +26,7 @@ from tests.rig import Checker, Tally, Work, raised, views_agree
 Routing = Callable[[Config, int, torch.Tensor, torch.Generator], torch.Tensor]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # --- routings: who chooses what. Each makes topk_idx int64 [num_tokens, num_topk] out of random scores

@@ -30,12 +30,7 @@ from tests.rig import Checker, Tally, Work
 SOON_S = 5.0  # generous: the machine may be loaded. Nothing below waits for a timeout of the group.
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def config_of(**changes: object) -> Config:

@@ -21,12 +21,7 @@ T, K, E, H = 4, 2, 7, 16
 ADVICE = ("give", "pass", "call", "combine", "construct", "convert", "close")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def config_of(recv_format: str = "batched", **changes: object) -> Config:

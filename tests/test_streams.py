@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -20,12 +19,7 @@ from tests.test_conformance import FORMATS, RoutedWork, config_of, conform, name
 CHUNK_PHASES = ("dispatch.chunk", "dispatch.chunk_taken", "combine.chunk", "combine.chunk_taken")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # --- all alive
