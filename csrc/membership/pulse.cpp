@@ -79,7 +79,7 @@ void Pulse::look(i64 now) {
   for (i32 rank = 0; rank < options_.agreement.num_ranks; ++rank) {
     if (rank == options_.agreement.rank || proven_dead_.has(rank)) continue;
     if (!newest_view(state_.ring).active.has(rank)) continue;
-    accuse(rank, look_at(rank), now);
+    accuse(rank, look_at(rank));
   }
 }
 
@@ -109,7 +109,7 @@ Evidence Pulse::look_at(i32 rank) {
   return detector_.judge(rank, sample, wait, timeouts);
 }
 
-void Pulse::accuse(i32 rank, Evidence kind, i64 now) {
+void Pulse::accuse(i32 rank, Evidence kind) {
   u64& word = own().accusations[rank];
   const u64 epoch = newest_view(state_.ring).epoch;
   const u64 value = kind == Evidence::none ? 0 : pack_accusation(epoch, kind);
@@ -128,7 +128,9 @@ void Pulse::accuse(i32 rank, Evidence kind, i64 now) {
   if (kind == Evidence::exit) futex_wake(&pages_[static_cast<size_t>(rank)]->death_word, 0x7fffffff);
   if (!new_evidence) return;
   std::lock_guard<std::mutex> lock(mutex_);
-  evidence_.push_back({rank, kind, now});
+  // Not the time at which this turn began: the thread may have slept since, and the evidence would be older than its
+  // cause.
+  evidence_.push_back({rank, kind, now_ns()});
 }
 
 // After look(): a record that is read once its writer is proven dead will not change any more.

@@ -86,7 +86,7 @@ class Pulse {
   void run() noexcept;
   void look(i64 now);
   Evidence look_at(i32 rank);
-  void accuse(i32 rank, Evidence kind, i64 now);
+  void accuse(i32 rank, Evidence kind);
   void agree(i64 now);
   void apply(AgreementStep& step, i64 now);
   void install(const Decision& decision, i64 now);
