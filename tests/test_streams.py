@@ -68,6 +68,18 @@ def test_two_streams_open() -> None:
         assert corrupt(tallies) + lost_between_live(ranks, work, tallies, set()) == []
 
 
+def test_a_late_source_costs_nobody_else() -> None:
+    """Rank 2 begins several link timeouts late. Until its claims are here nobody takes a chunk, and each waits for the
+    others to give one back: their signals have long come, and no link is broken."""
+    config = config_of(num_max_tokens_per_rank=48, num_chunk_tokens=4, num_experts=8, link_ms=200)
+    work = Work(config, 3)
+    with VirtualRanks(3, config, poison=True) as ranks:
+        ranks.buffers[2].arm("dispatch.gate", 3, "sleep_us", 1_000_000)
+        tallies = run_checked(ranks, work, 5)
+        wrong = corrupt(tallies) + lost_between_live(ranks, work, tallies, set())
+        assert wrong + [str(found) for found in suspicions_of(ranks, {0, 1, 2})] == []
+
+
 def test_window_does_not_grow_with_the_batch() -> None:
     sizes = {
         window_bytes(config_of(num_max_tokens_per_rank=most, num_chunk_tokens=64), 8) for most in (128, 8192, 100_000)

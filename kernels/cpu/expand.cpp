@@ -36,6 +36,7 @@ class Expansion {
   void copy_out(const u8* row, i32 position, float weight);
   void move_rows(i32 to, i32 from, i32 num_rows);
   void end_source(i32 src, bool whole);
+  bool awaits_signal(i32 peer) const;
   bool awaits(i32 peer) const;
   void look_for_word_of(i32 peer);
 
@@ -261,15 +262,17 @@ void Expansion::end_source(i32 src, bool whole) {
     refuse(c_, open_, Verb::dispatch, src, stream.next_chunk);
 }
 
-// Before rows have their places, only silent sources keep us waiting.
-bool Expansion::awaits(i32 peer) const {
+// Before rows have their places, only the signals of silent sources are missing: the others' are there, and wait for
+// us.
+bool Expansion::awaits_signal(i32 peer) const {
   const InStream& stream = open_.in[static_cast<size_t>(peer)];
-  return stream.stage == InStream::Stage::silent || (placed_ && stream.stage == InStream::Stage::flowing) ||
-         open_.out[static_cast<size_t>(peer)].open;
+  return placed_ ? stream.unfinished() : stream.stage == InStream::Stage::silent;
 }
 
+bool Expansion::awaits(i32 peer) const { return awaits_signal(peer) || open_.out[static_cast<size_t>(peer)].open; }
+
 void Expansion::look_for_word_of(i32 peer) {
-  if (in(peer).unfinished())
+  if (awaits_signal(peer))
     machine_.look_for(WordKind::dispatch_signal, in(peer).next_chunk);
   else
     machine_.look_for(WordKind::dispatch_taken, open_.out[static_cast<size_t>(peer)].next_chunk - c_.at.num_halves);
