@@ -81,36 +81,13 @@ u64 store_answer(Context& c, const OpenRound& open, i32 owner, i32 chunk) {
 // source would wait for ever, and its rows would never be free again.
 void answer(Context& c, CpuMachine& machine, OpenRound& open, bool abandoned) {
   machine.enter(Phase::combine_send);
-  const i32 n = c.shape.num_ranks;
-  open.out.assign(static_cast<size_t>(n), OutStream());
-  std::vector<u64> counts(static_cast<size_t>(n) * kNumHalves, 0);
-  auto num_first = [&](const OutStream& out) {
-    return out.num_chunks < c.at.num_halves ? out.num_chunks : c.at.num_halves;
+  auto opens = [&](i32 owner) {
+    if (!open.taken.has(owner) || abandoned || is_suspect(*c.state, owner)) return 0;
+    return num_chunks_of(num_answers_to(c, open, owner), c.at.num_combine_rows);
   };
-  for (i32 step = 1; step <= n; ++step) {
-    const i32 owner = (c.rank + step) % n;
-    OutStream& out = open.out[static_cast<size_t>(owner)];
-    if (!open.taken.has(owner) || abandoned || is_suspect(*c.state, owner)) continue;
-    out.open = true;
-    out.num_chunks = num_chunks_of(num_answers_to(c, open, owner), c.at.num_combine_rows);
-    for (i32 chunk = 0; chunk < num_first(out); ++chunk)
-      counts[static_cast<size_t>(owner) * kNumHalves + static_cast<size_t>(chunk)] =
-          store_answer(c, open, owner, chunk);
-  }
-  c.wire->at(Point::combine_send_rows, open.round);
-  for (i32 step = 1; step <= n; ++step) {
-    const i32 owner = (c.rank + step) % n;
-    OutStream& out = open.out[static_cast<size_t>(owner)];
-    if (step == n / 2 + 1) c.wire->at(Point::combine_half_signalled, open.round);
-    if (open.active.has(owner) && !out.open && guarded(guard_one_answer)) decline(c, open, Verb::combine, owner, 0);
-    if (!out.open) continue;
-    for (; out.next_chunk < num_first(out); ++out.next_chunk)
-      signal_chunk(c, open, Verb::combine, owner, out.next_chunk,
-                   counts[static_cast<size_t>(owner) * kNumHalves + static_cast<size_t>(out.next_chunk)],
-                   out.next_chunk + 1 == out.num_chunks);
-    out.open = out.next_chunk < out.num_chunks;
-  }
-  c.wire->at(Point::combine_signalled, open.round);
+  begin_streams(c, open, Verb::combine,
+                {Point::combine_send_rows, Point::combine_half_signalled, Point::combine_signalled}, opens,
+                [&](i32 owner, i32 chunk) { return store_answer(c, open, owner, chunk); });
 }
 
 }  // namespace

@@ -53,7 +53,8 @@ struct Received {
 struct OutStream {
   bool open = false;  // something is still to be sent
   i32 next_chunk = 0;
-  i32 num_chunks = 0;
+  i32 num_chunks = 0;                 // 0: this peer gets nothing in this round
+  u64 first_counts[kNumHalves] = {};  // rows of the first chunks, between their storing and their signal
 };
 
 // One peer's chunks to me.
@@ -91,11 +92,12 @@ struct OpenRound {
   i32 num_tokens = 0;
   std::vector<i32> topk_idx;  // [num_tokens * num_topk]
   std::vector<float> topk_weights;
-  std::vector<i32> dst_rank;      // per choice; -1 none
-  std::vector<i32> combine_row;   // per choice: which combine row of dst_rank answers it
-  std::vector<i32> row_tokens;    // the token of each dispatch row, destination after destination
-  std::vector<i32> rows_to;       // per rank + 1: first entry of `row_tokens`
-  std::vector<i32> answers_from;  // per rank: combine rows expected
+  std::vector<i32> dst_rank;        // per choice; -1 none
+  std::vector<i32> combine_row;     // per choice: which combine row of dst_rank answers it
+  std::vector<i32> rows_of_expert;  // per expert: how many it gets from me
+  std::vector<i32> row_tokens;      // the token of each dispatch row, destination after destination
+  std::vector<i32> rows_to;         // per rank + 1: first entry of `row_tokens`
+  std::vector<i32> answers_from;    // per rank: combine rows expected
   // As the holder of experts.
   const u8* y = nullptr;           // the caller's, until the last chunk is back
   RankSet taken;                   // sources whose rows stand in recv.x

@@ -74,6 +74,7 @@ void route_choices(const Context& c, const DispatchArgs& args, OpenRound& open) 
   open.topk_weights.assign(args.topk_weights, args.topk_weights + num_choices);
   open.rows_to.assign(n + 1, 0);
   open.answers_from.assign(n, 0);
+  open.rows_of_expert.assign(c.expert_rank.size(), 0);
   std::vector<i32> last_token(n, -1);
   for (size_t i = 0; i < num_choices; ++i) {
     open.topk_idx[i] = static_cast<i32>(expert_at(args, i));
@@ -81,6 +82,7 @@ void route_choices(const Context& c, const DispatchArgs& args, OpenRound& open) 
     const i32 dst = c.expert_rank[static_cast<size_t>(open.topk_idx[i])];
     const auto d = static_cast<size_t>(dst);
     open.dst_rank[i] = dst;
+    ++open.rows_of_expert[static_cast<size_t>(open.topk_idx[i])];
     const bool new_row = last_token[d] != static_cast<i32>(i / k);
     last_token[d] = static_cast<i32>(i / k);
     if (new_row) ++open.rows_to[d + 1];
@@ -111,8 +113,8 @@ void list_rows(const Context& c, OpenRound& open) {
 // How many rows each of the destination's experts will get: it places the first row before the last has come.
 void store_claims(Context& c, const OpenRound& open, i32 dst) {
   std::vector<i32> claims(static_cast<size_t>(c.shape.max_local_experts), 0);
-  for (size_t i = 0; i < open.dst_rank.size(); ++i)
-    if (open.dst_rank[i] == dst) ++claims[static_cast<size_t>(c.expert_local[static_cast<size_t>(open.topk_idx[i])])];
+  for (size_t expert = 0; expert < c.expert_rank.size(); ++expert)
+    if (c.expert_rank[expert] == dst) claims[static_cast<size_t>(c.expert_local[expert])] = open.rows_of_expert[expert];
   c.wire->put_claims(dst, c.fabric->outbound(dst) + c.at.claims[open.round % kNumParities], claims.data(),
                      c.shape.max_local_experts);
 }
@@ -166,44 +168,20 @@ u64 store_chunk(Context& c, const OpenRound& open, i32 dst, i32 chunk) {
   return static_cast<u64>(last - first);
 }
 
-// What goes without asking: as many chunks as a peer's slots hold.
-i32 num_first_chunks(const Context& c, const OutStream& out) {
-  return out.num_chunks < c.at.num_halves ? out.num_chunks : c.at.num_halves;
-}
-
 // Every active peer hears of every round, zero rows included, so that no word of it can ever mean "perhaps later". To a
 // suspect, and to a peer that has not yet given back the slot of two rounds ago, only the control word goes.
 void send_first_chunks(Context& c, CpuMachine& machine, OpenRound& open) {
   machine.enter(Phase::dispatch_send);
-  const i32 n = c.shape.num_ranks;
-  open.out.assign(static_cast<size_t>(n), OutStream());
-  std::vector<u64> counts(static_cast<size_t>(n) * kNumHalves, 0);
-  for (i32 step = 1; step <= n; ++step) {
-    const i32 dst = (c.rank + step) % n;
-    OutStream& out = open.out[static_cast<size_t>(dst)];
-    out.num_chunks = num_chunks_of(open.num_rows_to(dst), c.at.num_dispatch_rows);
-    if (!open.active.has(dst) || is_suspect(*c.state, dst)) continue;
+  auto opens = [&](i32 dst) {
+    if (!open.active.has(dst) || is_suspect(*c.state, dst)) return 0;
     // Its answer begins with its first chunk, and by then it had copied all of mine.
-    if (!slot_is_free(load_signal(c, open, Verb::combine, dst, 0), open.round) && !c.wire->ignores_consent()) continue;
-    out.open = true;
+    if (!slot_is_free(load_signal(c, open, Verb::combine, dst, 0), open.round) && !c.wire->ignores_consent()) return 0;
     store_claims(c, open, dst);
-    for (i32 chunk = 0; chunk < num_first_chunks(c, out); ++chunk)
-      counts[static_cast<size_t>(dst) * kNumHalves + static_cast<size_t>(chunk)] = store_chunk(c, open, dst, chunk);
-  }
-  c.wire->at(Point::dispatch_rows_sent, open.round);
-  for (i32 step = 1; step <= n; ++step) {
-    const i32 dst = (c.rank + step) % n;
-    OutStream& out = open.out[static_cast<size_t>(dst)];
-    if (step == n / 2 + 1) c.wire->at(Point::dispatch_half_signalled, open.round);
-    if (open.active.has(dst) && !out.open) decline(c, open, Verb::dispatch, dst, 0);
-    if (!out.open) continue;
-    for (; out.next_chunk < num_first_chunks(c, out); ++out.next_chunk)
-      signal_chunk(c, open, Verb::dispatch, dst, out.next_chunk,
-                   counts[static_cast<size_t>(dst) * kNumHalves + static_cast<size_t>(out.next_chunk)],
-                   out.next_chunk + 1 == out.num_chunks);
-    out.open = out.next_chunk < out.num_chunks;
-  }
-  c.wire->at(Point::dispatch_signalled, open.round);
+    return num_chunks_of(open.num_rows_to(dst), c.at.num_dispatch_rows);
+  };
+  begin_streams(c, open, Verb::dispatch,
+                {Point::dispatch_rows_sent, Point::dispatch_half_signalled, Point::dispatch_signalled}, opens,
+                [&](i32 dst, i32 chunk) { return store_chunk(c, open, dst, chunk); });
 }
 
 }  // namespace

@@ -31,6 +31,7 @@ class Expansion {
   bool claims_fit(i32 src) const;
   void assign_places();
   bool take_chunk(i32 src);
+  bool claims_are_met(i32 src) const;
   bool take_rows(i32 src, i32 chunk, u64 count);
   bool take_row(i32 src, const u8* header, const u8* row);
   void copy_out(const u8* row, i32 position, float weight);
@@ -159,16 +160,14 @@ bool Expansion::take_chunk(i32 src) {
   const Reading reading = read(src);
   if (reading != Reading::present) return reading == Reading::declined;
   const u64 word = load_signal(c_, open_, Verb::dispatch, src, stream.next_chunk);
-  const bool rows_are_fine = take_rows(src, stream.next_chunk, signal_field::Count::unpack(word));
-  // A word that moved while its rows were copied was stored without consent: the rows may be torn.
-  const bool changed = load_signal(c_, open_, Verb::dispatch, src, stream.next_chunk) != word;
   const bool last = signal_field::Last::unpack(word) != 0;
-  bool met = true;
-  for (i32 expert = 0; expert < num_experts_ && last; ++expert)
-    met &= next_[at(src, expert)] - first_[at(src, expert)] == claims_[at(src, expert)];
-  if (!rows_are_fine || (!met && guarded(guard_claims_met))) ++c_.stats.num_rejected;
-  if (changed && guarded(guard_recheck)) ++c_.stats.num_rechecks;
-  if (!rows_are_fine || (!met && guarded(guard_claims_met)) || (changed && guarded(guard_recheck))) {
+  const bool refused = !take_rows(src, stream.next_chunk, signal_field::Count::unpack(word)) ||
+                       (last && !claims_are_met(src) && guarded(guard_claims_met));
+  // A word that moved while its rows were copied was stored without consent: the rows may be torn.
+  const bool torn = load_signal(c_, open_, Verb::dispatch, src, stream.next_chunk) != word && guarded(guard_recheck);
+  c_.stats.num_rejected += refused ? 1 : 0;
+  c_.stats.num_rechecks += torn ? 1 : 0;
+  if (refused || torn) {
     end_source(src, /*whole=*/false);
     return true;
   }
@@ -180,6 +179,12 @@ bool Expansion::take_chunk(i32 src) {
   tell_taken(c_, open_, Verb::dispatch, src, stream.next_chunk);
   ++stream.next_chunk;
   machine_.advance();
+  return true;
+}
+
+bool Expansion::claims_are_met(i32 src) const {
+  for (i32 expert = 0; expert < num_experts_; ++expert)
+    if (next_[at(src, expert)] - first_[at(src, expert)] != claims_[at(src, expert)]) return false;
   return true;
 }
 

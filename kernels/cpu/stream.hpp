@@ -28,6 +28,44 @@ void refuse(Context& c, const OpenRound& open, Verb verb, i32 src, i32 chunk);
 // Has the reader made room for the next chunk of my stream to it?
 Reading read_room(const Context& c, const OpenRound& open, Verb verb, i32 dst, i32 chunk);
 
+// Where the two verbs can be made to fail while their first chunks go out.
+struct FirstPoints {
+  Point rows_stored;
+  Point half_signalled;
+  Point signalled;
+};
+
+// What goes without asking, to all peers: as many chunks as a peer's slots hold. First all rows, then all signals.
+// `opens(peer)` says whether it gets any and how many chunks its stream has (0: it is declined); `store(peer, chunk)`
+// stores the rows of one and returns their number.
+template <class Opens, class Store>
+void begin_streams(Context& c, OpenRound& open, Verb verb, const FirstPoints& points, Opens opens, Store store) {
+  const i32 n = c.shape.num_ranks;
+  auto num_first = [&](const OutStream& out) {
+    return out.num_chunks < c.at.num_halves ? out.num_chunks : c.at.num_halves;
+  };
+  open.out.assign(static_cast<size_t>(n), OutStream());
+  for (i32 step = 1; step <= n; ++step) {
+    const i32 peer = (c.rank + step) % n;
+    OutStream& out = open.out[static_cast<size_t>(peer)];
+    out.num_chunks = opens(peer);
+    for (i32 chunk = 0; chunk < num_first(out); ++chunk) out.first_counts[chunk] = store(peer, chunk);
+  }
+  c.wire->at(points.rows_stored, open.round);
+  for (i32 step = 1; step <= n; ++step) {
+    const i32 peer = (c.rank + step) % n;
+    OutStream& out = open.out[static_cast<size_t>(peer)];
+    if (step == n / 2 + 1) c.wire->at(points.half_signalled, open.round);
+    const bool owed = open.active.has(peer) && (verb == Verb::dispatch || guarded(guard_one_answer));
+    if (out.num_chunks == 0 && owed) decline(c, open, verb, peer, 0);
+    for (; out.next_chunk < num_first(out); ++out.next_chunk)
+      signal_chunk(c, open, verb, peer, out.next_chunk, out.first_counts[out.next_chunk],
+                   out.next_chunk + 1 == out.num_chunks);
+    out.open = out.next_chunk < out.num_chunks;
+  }
+  c.wire->at(points.signalled, open.round);
+}
+
 // Sends the next chunk to `dst` if its reader has made room. `store(chunk)` stores the rows and returns their number.
 // True: something moved.
 template <class Store>
