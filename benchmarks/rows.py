@@ -87,7 +87,6 @@ def sums(hidden: int, dtype: torch.dtype) -> Contestants:
     assert reference.same_bits(ours, out).all(), "the sum has not the bits of the reference; nothing is timed"
     return {
         f"{name}: one pass": lambda: through(core.weighted_sum),
-        f"{name}: a pass per choice": lambda: through(core.weighted_sum_in_steps),
         f"{name}: torch, a pass per choice (same bits)": in_torch_by_choice,
         f"{name}: torch, float32 matmul (other bits)": in_torch_by_matmul,
     }

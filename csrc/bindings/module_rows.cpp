@@ -48,18 +48,6 @@ void weighted_sum_at(const std::string& dtype, Address out, const std::vector<Ad
                factor, zero);
 }
 
-// The same in steps, as long as something uses the steps.
-void weighted_sum_in_steps(const std::string& dtype, Address out, const std::vector<Address>& rows,
-                           const std::vector<float>& weights, i32 hidden, float factor) {
-  if (rows.size() != weights.size()) throw py::value_error("weights: one a row; pass as many weights as rows");
-  const DType type = dtype_named(dtype);
-  std::vector<float> sum(static_cast<size_t>(hidden), 0.0f);
-  for (size_t i = 0; i < rows.size(); ++i)
-    add_scaled_row(type, sum.data(), pointer<const u8>(rows[i]), weights[i], hidden);
-  if (factor != 1.0f) scale_row(sum.data(), factor, hidden);
-  store_row(type, pointer<u8>(out), sum.data(), hidden);
-}
-
 void quantize_rows(const std::string& dtype, const std::string& scale, Address q, Address scales, Address x,
                    i64 num_rows, i32 hidden) {
   const DType type = dtype_named(dtype);
@@ -132,8 +120,6 @@ i64 torn_streamed_rows(i32 num_rounds, u64 num_bytes) {
 void bind_rows(py::module_& m) {
   m.def("weighted_sum", &weighted_sum_at, py::arg("dtype"), py::arg("out"), py::arg("rows"), py::arg("weights"),
         py::arg("hidden"), py::arg("factor") = 1.0f, py::arg("zero") = false);
-  m.def("weighted_sum_in_steps", &weighted_sum_in_steps, py::arg("dtype"), py::arg("out"), py::arg("rows"),
-        py::arg("weights"), py::arg("hidden"), py::arg("factor") = 1.0f);
   m.def(
       "widen_row",
       [](const std::string& dtype, Address out, Address row, i32 hidden) {

@@ -77,7 +77,7 @@ FA2A_PART_OF_LOOP void sum_rows(u8* out, const u8* const* rows, const float* wei
   sum_last<Element>(bits, rows, weights, num_rows, first, num_bytes, factor);
 }
 
-// The loops of the steps, eight elements a time; the last ones go through a full vector of their own.
+// The loops of the casts, eight elements a time; the last ones go through a full vector of their own.
 template <class Element>
 FA2A_PART_OF_LOOP void load_some(const typename Element::Bits* at, i32 count, Floats& out) {
   typename Element::Bits part[kLanes] = {};
@@ -90,24 +90,6 @@ FA2A_PART_OF_LOOP void store_some(typename Element::Bits* at, i32 count, const F
   typename Element::Bits part[kLanes];
   store_lanes(Element(), part, value);
   memcpy(at, part, sizeof part[0] * static_cast<size_t>(count));
-}
-
-template <class Element>
-FA2A_PART_OF_LOOP void add_row(float* sum, const u8* row, float weight, i32 hidden) {
-  const auto* bits = reinterpret_cast<const typename Element::Bits*>(row);
-  for (i32 first = 0; first < hidden; first += kLanes) {
-    const i32 count = hidden - first;
-    Floats so_far, value;
-    if (count >= kLanes) {
-      load_lanes(Float32(), sum + first, so_far);
-      load_lanes(Element(), bits + first, value);
-      store_lanes(Float32(), sum + first, so_far + weight * value);
-    } else {
-      load_some<Float32>(sum + first, count, so_far);
-      load_some<Element>(bits + first, count, value);
-      store_some<Float32>(sum + first, count, so_far + weight * value);
-    }
-  }
 }
 
 // Between two rows of different types.
@@ -129,22 +111,19 @@ FA2A_PART_OF_LOOP void cast_row(u8* to, const u8* from, i32 hidden) {
 }
 
 // Every loop by name, since a template cannot be compiled for several instruction sets.
-#define FA2A_SUM_LOOPS(Element)                                                                                     \
+#define FA2A_SUM_LOOP(Element)                                                                                      \
   FA2A_FOR_EACH_ISA void weighted_sum_##Element(u8* out, const u8* const* rows, const float* weights, i32 num_rows, \
                                                 i32 hidden, float factor) {                                         \
     sum_rows<Element>(out, rows, weights, num_rows, hidden, factor);                                                \
-  }                                                                                                                 \
-  FA2A_FOR_EACH_ISA void add_##Element(float* sum, const u8* row, float weight, i32 hidden) {                       \
-    add_row<Element>(sum, row, weight, hidden);                                                                     \
   }
 #define FA2A_CAST_LOOP(From, To)                                                  \
   FA2A_FOR_EACH_ISA void cast_##From##_##To(u8* to, const u8* from, i32 hidden) { \
     cast_row<From, To>(to, from, hidden);                                         \
   }
 
-FA2A_SUM_LOOPS(Bfloat16)
-FA2A_SUM_LOOPS(Float16)
-FA2A_SUM_LOOPS(Float32)
+FA2A_SUM_LOOP(Bfloat16)
+FA2A_SUM_LOOP(Float16)
+FA2A_SUM_LOOP(Float32)
 FA2A_CAST_LOOP(Bfloat16, Float32)
 FA2A_CAST_LOOP(Float16, Float32)
 FA2A_CAST_LOOP(Float32, Bfloat16)
@@ -166,21 +145,6 @@ void weighted_sum(DType dtype, u8* out, const u8* const* rows, const float* weig
     case DType::float32:
       return weighted_sum_Float32(out, rows, weights, num_rows, hidden, factor);
   }
-}
-
-void add_scaled_row(DType dtype, float* sum, const u8* row, float weight, i32 hidden) {
-  switch (dtype) {
-    case DType::bfloat16:
-      return add_Bfloat16(sum, row, weight, hidden);
-    case DType::float16:
-      return add_Float16(sum, row, weight, hidden);
-    case DType::float32:
-      return add_Float32(sum, row, weight, hidden);
-  }
-}
-
-void scale_row(float* sum, float factor, i32 hidden) {
-  for (i32 i = 0; i < hidden; ++i) sum[i] = sum[i] * factor;
 }
 
 void store_row(DType dtype, u8* row, const float* sum, i32 hidden) {

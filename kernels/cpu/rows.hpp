@@ -14,9 +14,6 @@ constexpr u64 item_bytes(DType dtype) { return dtype == DType::float32 ? 4 : 2; 
 void weighted_sum(DType dtype, u8* out, const u8* const* rows, const float* weights, i32 num_rows, i32 hidden,
                   float factor, bool zero);
 
-// The same sum in steps, the accumulator in memory: sum[i] = sum[i] + weight * row[i].
-void add_scaled_row(DType dtype, float* sum, const u8* row, float weight, i32 hidden);
-void scale_row(float* sum, float factor, i32 hidden);
 // Round to nearest even, as torch casts; a NaN becomes some NaN.
 void store_row(DType dtype, u8* row, const float* sum, i32 hidden);
 // Exact.
