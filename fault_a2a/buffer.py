@@ -203,26 +203,20 @@ class Buffer:
         """
         check_kinds(x=x, topk_idx=topk_idx, topk_weights=topk_weights)
         if return_recv_hook:
-            return self._dispatch_send(x, topk_idx, topk_weights, scales)
-        recv_x, num_tokens, offsets, handle, recv_scales, recv_weights = torch.ops.fault_a2a.dispatch(
-            x, topk_idx, topk_weights, self.id, scales
-        )
+            tensors, hook = self._dispatch_send(x, topk_idx, topk_weights, scales)
+            return *self._received(tensors, topk_weights), hook
+        tensors = torch.ops.fault_a2a.dispatch(x, topk_idx, topk_weights, self.id, scales)
+        received, handle = self._received(tensors, topk_weights)
         if self.config.recv_format == "packed" and not torch.compiler.is_compiling():
-            num_received = int(handle[3])
-            recv_x, recv_scales, recv_weights = (t[:num_received] for t in (recv_x, recv_scales, recv_weights))
-        received = self._received(recv_x, recv_scales, recv_weights, num_tokens, offsets)
-        return received, Handle(handle, topk_weights, self)
+            received = received.cut_to(int(handle.tensor[3]))
+        return received, handle
 
-    def _received(
-        self,
-        x: torch.Tensor,
-        scales: torch.Tensor,
-        weights: torch.Tensor,
-        num_tokens: torch.Tensor,
-        offsets: torch.Tensor,
-    ) -> Received:
-        has_scales, has_weights = self.config.num_scales is not None, self.config.weights_at == "expert"
-        return Received(x, num_tokens, offsets, scales if has_scales else None, weights if has_weights else None)
+    def _received(self, tensors: tuple[torch.Tensor, ...], topk_weights: torch.Tensor) -> tuple[Received, Handle]:
+        """What the operator returned, as its caller sees it."""
+        x, num_tokens, offsets, handle, recv_scales, recv_weights = tensors
+        scales = None if self.config.num_scales is None else recv_scales
+        weights = None if self.config.weights_at == "owner" else recv_weights
+        return Received(x, num_tokens, offsets, scales, weights), Handle(handle, topk_weights, self)
 
     @overload
     def combine(
@@ -275,22 +269,20 @@ class Buffer:
         topk_weights: torch.Tensor,
         scales: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, ...]:
-        received, handle, receive = self._dispatch_send(x, topk_idx, topk_weights, scales)
+        tensors, receive = self._dispatch_send(x, topk_idx, topk_weights, scales)
         receive()
-        nothing = torch.empty([0], dtype=self.config.scale_dtype), torch.empty([0])
-        recv_scales = nothing[0] if received.scales is None else received.scales
-        recv_weights = nothing[1] if received.weights is None else received.weights
-        return received.x, received.num_tokens, received.offsets, handle.tensor, recv_scales, recv_weights
+        return tensors
 
     def _dispatch_send(
         self, x: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor, scales: torch.Tensor | None
-    ) -> tuple[Received, Handle, RecvHook]:
+    ) -> tuple[tuple[torch.Tensor, ...], RecvHook]:
+        """What the operator returns, and the hook that fills it."""
         self._check_open()
         check_tokens(self.config, x, topk_idx, topk_weights)
         check_scales(self.config, x, scales)
         status, round_number, _, token, choice, value = self.core.dispatch_send(
             x.data_ptr(),
-            0 if scales is None else _address(scales),
+            0 if scales is None else scales.data_ptr(),
             topk_idx.data_ptr(),
             topk_idx.dtype == torch.int64,
             topk_weights.data_ptr(),
@@ -314,16 +306,14 @@ class Buffer:
         offsets = torch.empty([self.num_local_experts + 1], dtype=torch.int32)
         handle = torch.tensor([self.id, round_number, x.shape[0], 0], dtype=torch.int64)
 
-        received = self._received(recv_x, recv_scales, recv_weights, num_tokens, offsets)
-        filled = recv_x, received.scales, received.weights, num_tokens, offsets
-
         def receive(read: tuple[torch.Tensor | None, ...] = (x, scales)) -> None:  # a stream reads these until it ends
-            pointers = [0 if tensor is None else _address(tensor) for tensor in filled]
+            filled = (recv_x, recv_scales, recv_weights, num_tokens, offsets)
+            pointers = [tensor.data_ptr() if tensor.numel() else 0 for tensor in filled]
             status, _, num_received, *_ = self.core.dispatch_receive(round_number, *pointers)
             self._raise_for(status)
             handle[3] = num_received
 
-        return received, Handle(handle, topk_weights, self), RecvHook("dispatch", receive)
+        return (recv_x, num_tokens, offsets, handle, recv_scales, recv_weights), RecvHook("dispatch", receive)
 
     def _combine(
         self, y: torch.Tensor, topk_weights: torch.Tensor, handle: torch.Tensor
@@ -485,10 +475,6 @@ def _leave(endpoint: Any, membership: MembershipThread | None) -> None:
 def _need_hooks() -> None:
     if not core.has_hooks:
         raise RuntimeError("faults need the test build; set FAULT_A2A_CORE=hooks before importing fault_a2a")
-
-
-def _address(tensor: torch.Tensor) -> int:
-    return int(tensor.data_ptr())
 
 
 def _check_is_handle(handle: Any) -> None:

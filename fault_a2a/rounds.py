@@ -35,6 +35,12 @@ class Received:
     scales: torch.Tensor | None = None
     weights: torch.Tensor | None = None
 
+    def cut_to(self, num_rows: int) -> Received:
+        """Packed: only the rows that were received."""
+        scales = None if self.scales is None else self.scales[:num_rows]
+        weights = None if self.weights is None else self.weights[:num_rows]
+        return Received(self.x[:num_rows], self.num_tokens, self.offsets, scales, weights)
+
 
 @dataclass(frozen=True)
 class Handle:
