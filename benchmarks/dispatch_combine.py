@@ -8,7 +8,6 @@ bfloat16, top-8 of 64 experts, 8 ranks), and --tokens 1024 --hidden 2048.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -22,7 +21,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # when it is ru
 from benchmarks.contest import Score, run_contest
 from benchmarks.floor import FORMULA, floor_us, traffic
 from benchmarks.machine import ROOT, where_and_when
-from benchmarks.options import Library, add_shape_options, ask_library, shape_of, whole_number
+from benchmarks.options import (
+    Library,
+    add_output_options,
+    add_shape_options,
+    ask_library,
+    run_benchmark,
+    shape_of,
+    whole_number,
+)
 from benchmarks.peers import PEERS
 from benchmarks.report import as_text
 from benchmarks.spread import spread
@@ -40,10 +47,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--peers", default="gloo", help=f"comma-separated, of {', '.join(PEERS)}; default gloo")
     parser.add_argument("--iterations", type=whole_number, default=30, help="counted turns of each system (default 30)")
     parser.add_argument("--warm-up", type=whole_number, default=3, help="turns that are not counted (default 3)")
-    parser.add_argument("--json", action="store_true", help="one JSON object on stdout, nothing else")
-    parser.add_argument(
-        "--out", nargs="?", const=str(RECORD), help=f"append the record to a file (default {RECORD.relative_to(ROOT)})"
-    )
+    add_output_options(parser, RECORD)
     arguments = parser.parse_args(argv)
     arguments.peers = [name for name in arguments.peers.split(",") if name]
     for name in arguments.peers:
@@ -149,22 +153,8 @@ def _fastest_peer(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(argv)
-
-    def watch(iteration: int) -> None:
-        if not arguments.json and sys.stderr.isatty():
-            print(f"\rturn {iteration + 1} of {arguments.iterations} ", end="", file=sys.stderr, flush=True)
-
-    record = measure(arguments, watch)
-    record["command"] = " ".join(
-        ["python", "benchmarks/dispatch_combine.py", *(sys.argv[1:] if argv is None else argv)]
-    )
-    print(json.dumps(record) if arguments.json else as_text(record))
-    if arguments.out:
-        path = Path(arguments.out)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a") as out:
-            out.write(json.dumps(record) + "\n")
-    return 0 if record["ok"] else 1
+    command = ["benchmarks/dispatch_combine.py", *(sys.argv[1:] if argv is None else argv)]
+    return run_benchmark(measure, as_text, arguments, ("turn", arguments.iterations), command)
 
 
 if __name__ == "__main__":

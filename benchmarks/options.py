@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import available_bytes, shared_memory_bytes
+from benchmarks.machine import ROOT, available_bytes, shared_memory_bytes
 from benchmarks.systems import Copy
 from benchmarks.teams import in_a_fork
 from benchmarks.work import DTYPES, Shape
@@ -40,6 +44,40 @@ def whole_number(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 up")
     return int(text)
+
+
+def add_output_options(parser: argparse.ArgumentParser, record: Path) -> None:
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout, nothing else")
+    parser.add_argument(
+        "--out", nargs="?", const=str(record), help=f"append the record to a file (default {record.relative_to(ROOT)})"
+    )
+
+
+def run_benchmark(
+    measure: Callable[[argparse.Namespace, Callable[[int], None]], dict[str, Any]],
+    as_text: Callable[[dict[str, Any]], str],
+    arguments: argparse.Namespace,
+    turns: tuple[str, int],
+    command: Sequence[str],
+) -> int:
+    """Measures, prints the record, appends it where that was asked for, and returns the exit code.
+
+    On a terminal it shows how many of its ``turns`` (what they are, and how many) are done.
+    """
+
+    def watch(iteration: int) -> None:
+        if not arguments.json and sys.stderr.isatty():
+            print(f"\r{turns[0]} {iteration + 1} of {turns[1]} ", end="", file=sys.stderr, flush=True)
+
+    record = measure(arguments, watch)
+    record["command"] = " ".join(["python", *command])
+    print(json.dumps(record) if arguments.json else as_text(record))
+    if arguments.out:
+        path = Path(arguments.out)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a") as out:
+            out.write(json.dumps(record) + "\n")
+    return 0 if record["ok"] else 1
 
 
 def shape_of(arguments: argparse.Namespace) -> Shape:

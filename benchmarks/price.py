@@ -13,7 +13,6 @@ lower bound is above the limit.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -27,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # when it is ru
 from benchmarks.contest import Score, run_contest
 from benchmarks.instructions import count, module_file
 from benchmarks.machine import ROOT, where_and_when
-from benchmarks.options import add_shape_options, ask_library, shape_of, whole_number
+from benchmarks.options import add_output_options, add_shape_options, ask_library, run_benchmark, shape_of, whole_number
 from benchmarks.spread import bootstrap_median, spread
 from benchmarks.systems import FaultA2A
 from benchmarks.teams import SETTLE, WHOLE, Team
@@ -48,10 +47,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=whole_number, default=3, help="counted rounds of a turn (default 3)")
     parser.add_argument("--warm-up", type=whole_number, default=5, help="pairs that are not counted (default 5)")
     parser.add_argument("--no-instructions", action="store_true", help="do not count instructions under callgrind")
-    parser.add_argument("--json", action="store_true", help="one JSON object on stdout, nothing else")
-    parser.add_argument(
-        "--out", nargs="?", const=str(RECORD), help=f"append the record to a file (default {RECORD.relative_to(ROOT)})"
-    )
+    add_output_options(parser, RECORD)
     arguments = parser.parse_args(argv)
     for name in MODULES.values():
         if module_file(name) is None:
@@ -161,20 +157,8 @@ def as_text(record: dict[str, Any]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(argv)
-
-    def watch(iteration: int) -> None:
-        if not arguments.json and sys.stderr.isatty():
-            print(f"\rpair {iteration + 1} of {arguments.pairs} ", end="", file=sys.stderr, flush=True)
-
-    record = measure(arguments, watch)
-    record["command"] = " ".join(["python", "benchmarks/price.py", *(sys.argv[1:] if argv is None else argv)])
-    print(json.dumps(record) if arguments.json else as_text(record))
-    if arguments.out:
-        path = Path(arguments.out)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a") as out:
-            out.write(json.dumps(record) + "\n")
-    return 0 if record["ok"] else 1
+    command = ["benchmarks/price.py", *(sys.argv[1:] if argv is None else argv)]
+    return run_benchmark(measure, as_text, arguments, ("pair", arguments.pairs), command)
 
 
 if __name__ == "__main__":
