@@ -71,7 +71,7 @@ from benchmarks import price, systems
 class Slow(systems.FaultA2A):
     def dispatch(self, batch):
         if os.environ["FAULT_A2A_CORE"] == "":
-            time.sleep(0.02)
+            time.sleep(0.06)  # long beside what the scheduler does to a round
         return super().dispatch(batch)
 
 price.FaultA2A = Slow
