@@ -289,9 +289,10 @@ def in_a_fork(ask: Callable[[], Any]) -> Any:
         ValueError: with the text of whatever ``ask`` raised.
     """
     reading, writing = os.pipe()
-    pid = os.fork()
+    parent_pid, pid = os.getpid(), os.fork()
     if pid == 0:
         try:
+            _die_with(parent_pid)
             try:
                 answer = {"is": ask()}
             except Exception as error:

@@ -217,12 +217,12 @@ def test_percentiles_of_a_known_sample():
 
 def test_the_bootstrap_is_seeded_and_right_on_a_known_sample():
     values = [float(value) for value in range(1, 102)]
-    found = bootstrap_median(values, seed=3)
-    assert found == bootstrap_median(values, seed=3)
+    found = bootstrap_median([values], seed=3)
+    assert found == bootstrap_median([values], seed=3)
     # By the binomial distribution the median of 101 lies between the 41st and the 61st with 95 %.
     assert found.median == 51 and 39 <= found.low <= 43 and 59 <= found.high <= 63
-    assert bootstrap_median(values, seed=3, num_resamples=9) != bootstrap_median(values, seed=4, num_resamples=9)
-    assert bootstrap_median([1.25] * 9, seed=0) == bootstrap_median([1.25], seed=1)
+    assert bootstrap_median([values], seed=3, num_resamples=9) != bootstrap_median([values], seed=4, num_resamples=9)
+    assert bootstrap_median([[1.25] * 9], seed=0) == bootstrap_median([[1.25]], seed=1)
     with pytest.raises(ValueError, match="at least one pair"):
         bootstrap_median([], seed=0)
 
@@ -231,7 +231,7 @@ def test_the_bootstrap_interval_covers_the_true_median_as_often_as_it_says():
     chance = random.Random(5)
     num_covered = 0
     for seed in range(200):
-        found = bootstrap_median([chance.gauss(1, 0.1) for _ in range(60)], seed, num_resamples=200)
+        found = bootstrap_median([[chance.gauss(1, 0.1) for _ in range(60)]], seed, num_resamples=200)
         num_covered += found.low <= 1 <= found.high
     assert 180 <= num_covered <= 198
 
