@@ -21,6 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # when it is ru
 from benchmarks.contest import Score, run_contest
 from benchmarks.floor import FORMULA, floor_us, traffic
 from benchmarks.machine import ROOT, where_and_when
+from benchmarks.mpi import Mpi
+from benchmarks.mpi_team import MpiTeam
 from benchmarks.options import (
     Library,
     add_output_options,
@@ -68,7 +70,10 @@ def measure(arguments: argparse.Namespace, watch: Callable[[int], None]) -> dict
     systems: dict[str, type[System]] = {OURS: FaultA2A, **{name: PEERS[name] for name in arguments.peers}, COPY: Copy}
     began = where_and_when()
     scores = run_contest(
-        [partial(Team, name, system, shape, arguments.seed) for name, system in systems.items()],
+        [
+            partial(MpiTeam if issubclass(system, Mpi) else Team, name, system, shape, arguments.seed)
+            for name, system in systems.items()
+        ],
         arguments.warm_up,
         arguments.iterations,
         watch=watch,
