@@ -207,6 +207,17 @@ void Endpoint::crash() {
   pulse_->vanish();
 }
 
+#if defined(FA2A_TEST_HOOKS) && FA2A_TEST_HOOKS
+bool Endpoint::reach(Point point, u64 round) {
+  try {
+    wire_->at(point, round);
+  } catch (const Crashed&) {
+    crash();
+  }
+  return crashed_;
+}
+#endif
+
 i32 Endpoint::open_tokens(u64 round) const {
   const OpenRound& open = context_.rounds[round % kNumParities];
   return open.stage != Stage::closed && open.round == round ? open.num_tokens : -1;

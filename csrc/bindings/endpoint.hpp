@@ -50,6 +50,10 @@ class Endpoint {
   void close();
   void set_timeouts(i32 rank, i64 silence_ms, i64 stall_ms);
   bool crashed() const { return crashed_; }
+#if defined(FA2A_TEST_HOOKS) && FA2A_TEST_HOOKS
+  // For kernels that run outside: what is armed for this point happens. True: this rank has crashed.
+  bool reach(Point point, u64 round);
+#endif
   i32 open_tokens(u64 round) const;  // -1: that round is not open
 
   Pulse& pulse() { return *pulse_; }

@@ -16,6 +16,32 @@ void bind_protocol(py::module_& m);
 void bind_rows(py::module_& m);
 DType dtype_named(const std::string& name);
 void bind_faults(py::module_& m, py::class_<Endpoint, std::shared_ptr<Endpoint>>& endpoint);
+void bind_addresses(py::module_& m, py::class_<Endpoint, std::shared_ptr<Endpoint>>& endpoint);
+const char* name_of(Status status);
+
+const char* name_of(Status status) {
+  switch (status) {
+    case Status::ok:
+      return "ok";
+    case Status::bad_expert:
+      return "bad_expert";
+    case Status::repeated_expert:
+      return "repeated_expert";
+    case Status::third_round:
+      return "third_round";
+    case Status::bad_handle:
+      return "bad_handle";
+    case Status::not_received:
+      return "not_received";
+    case Status::evicted:
+      return "evicted";
+    case Status::closed:
+      return "closed";
+    case Status::quorum_lost:
+      return "quorum_lost";
+  }
+  return "?";
+}
 
 namespace {
 
@@ -114,30 +140,6 @@ EndpointConfig config_of(const py::dict& fields) {
   if (fields.contains("first_epoch")) config.first_epoch = fields["first_epoch"].cast<u64>();
   if (fields.contains("poison")) config.poison = fields["poison"].cast<bool>();
   return config;
-}
-
-const char* name_of(Status status) {
-  switch (status) {
-    case Status::ok:
-      return "ok";
-    case Status::bad_expert:
-      return "bad_expert";
-    case Status::repeated_expert:
-      return "repeated_expert";
-    case Status::third_round:
-      return "third_round";
-    case Status::bad_handle:
-      return "bad_handle";
-    case Status::not_received:
-      return "not_received";
-    case Status::evicted:
-      return "evicted";
-    case Status::closed:
-      return "closed";
-    case Status::quorum_lost:
-      return "quorum_lost";
-  }
-  return "?";
 }
 
 const char* name_of(Evidence kind) {
@@ -299,6 +301,7 @@ void bind_endpoint(py::module_& m) {
       .def("is_leaving", [](Endpoint& e) { return e.pulse().ending(); })
       .def("proposal_failed", [](Endpoint& e) { e.pulse().proposal_failed(); });
   bind_faults(m, endpoint);
+  bind_addresses(m, endpoint);
 }
 
 }  // namespace
@@ -325,6 +328,16 @@ PYBIND11_MODULE(FA2A_MODULE_NAME, m) {
     out["num_dispatch_rows"] = at.num_dispatch_rows;
     out["num_combine_rows"] = at.num_combine_rows;
     out["max_choices"] = at.max_choices;
+    out["progress"] = at.progress;
+    out["header"] = at.header;
+    // Of the first chunk: kernels that read these have no streams.
+    for (u32 verb = 0; verb < kNumVerbs; ++verb) {
+      const std::string name = verb == static_cast<u32>(Verb::dispatch) ? "dispatch" : "combine";
+      const auto& signal = at.signal[verb];
+      out[py::str(name + "_signal")] = std::vector<u64>{signal[0][0], signal[1][0]};
+      out[py::str(name + "_taken")] = std::vector<u64>(at.taken[verb], at.taken[verb] + kNumParities);
+    }
+    out["claims"] = std::vector<u64>(at.claims, at.claims + kNumParities);
     out["row_headers"] = std::vector<u64>(at.row_headers, at.row_headers + kNumParities);
     out["dispatch_rows"] = std::vector<u64>(at.dispatch_rows, at.dispatch_rows + kNumParities);
     out["combine_rows"] = std::vector<u64>(at.combine_rows, at.combine_rows + kNumParities);

@@ -89,6 +89,20 @@ void bind_faults(py::module_& m, py::class_<Endpoint, std::shared_ptr<Endpoint>>
   m.def("set_guards_off", [](u64 bits) { guards_off = bits; });
   endpoint.def("arm", &arm)
       .def("set_faults", &set_faults)
+      .def(
+          "reach",
+          [](Endpoint& e, u32 point, u64 round) {
+            if (point >= static_cast<u32>(Point::count)) throw py::value_error("point is no index into phases()");
+            return e.reach(static_cast<Point>(point), round);
+          },
+          py::call_guard<py::gil_scoped_release>())
+      .def("cut_ranks",
+           [](Endpoint& e) {
+             std::vector<i32> out;
+             for (i32 rank = 0; rank < e.config().shape.num_ranks; ++rank)
+               if (e.wire().faults.cut.has(rank)) out.push_back(rank);
+             return out;
+           })
       .def("num_faults", [](Endpoint& e) { return e.wire().faults.num_faults.load(); })
       .def("pause_pulse", [](Endpoint& e, i64 ms) { e.wire().faults.pulse_pause_ns.store(ms * kNsPerMs); })
       .def("set_partition_incarnation",
