@@ -20,7 +20,7 @@ from fault_a2a.group import Group, as_group, forget_names, host_of_this_process
 from fault_a2a.lent_memory import LentMemory
 from fault_a2a.membership import Evidence, MembershipThread, View, arbiter_for
 from fault_a2a.placement import as_whole_number
-from fault_a2a.rounds import Handle, Outcome, Received, RecvHook, SourceStats
+from fault_a2a.rounds import Handle, Outcome, Received, RecvHook, SourceStats, Verbs, verbs_for
 
 
 class Buffer:
@@ -49,6 +49,7 @@ class Buffer:
         self._membership: MembershipThread | None = None
         deadline = time.monotonic() + config.construct_timeout_ms / 1000
         self.core = self._build_core(deadline)
+        self.verbs: Verbs = self.core
         try:
             self._join(deadline)
         except BaseException:
@@ -57,7 +58,7 @@ class Buffer:
             raise
         # Somebody who drops the buffer, or ends the process, leaves the group: the native threads would keep its place
         # for ever, or meet a dying interpreter.
-        weakref.finalize(self, _leave, self.core, self._membership)
+        weakref.finalize(self, _leave, self.verbs, self._membership)
 
     # -- construction ------------------------------------------------------------------------------------------------
 
@@ -91,10 +92,10 @@ class Buffer:
                 f"ranks {others} are on another host or see another /dev/shm than rank {group.rank}; "
                 "this release connects the processes of one host (containers must share /dev/shm)"
             )
-        fields = core_fields(config, group.num_ranks, group.rank)
+        self._fields = core_fields(config, group.num_ranks, group.rank)
         if group.fabric is not None:
-            return core.Endpoint(fields, group.fabric.of(fields), "")
-        return core.Endpoint(fields, None, self._token)
+            return core.Endpoint(self._fields, group.fabric.of(self._fields), "")
+        return core.Endpoint(self._fields, None, self._token)
 
     def _introduction(self) -> str:
         """Where this process runs, a token that makes the names of this group's shared memory its own, the config."""
@@ -116,6 +117,7 @@ class Buffer:
             self.core.create()
             self.group.meet("created", deadline)
             self.core.open_peers()
+            self.verbs = verbs_for(self.config.backend, self.core, self._fields)
             self.group.meet("opened", deadline)
             self.id = ops.register(self)
             self._memory = LentMemory(self.recv_shape, self.config.recv_dtype)
@@ -258,7 +260,7 @@ class Buffer:
         """
         _check_is_handle(handle)
         round_number, _ = self._check_handle(handle.tensor)
-        self._raise_for(self.core.abandon(round_number))
+        self._raise_for(self.verbs.abandon(round_number))
 
     # Everything below speaks to the core in halves: what is sent, and what is received.
 
@@ -280,7 +282,7 @@ class Buffer:
         self._check_open()
         check_tokens(self.config, x, topk_idx, topk_weights)
         check_scales(self.config, x, scales)
-        status, round_number, _, token, choice, value = self.core.dispatch_send(
+        status, round_number, _, token, choice, value = self.verbs.dispatch_send(
             x.data_ptr(),
             0 if scales is None else scales.data_ptr(),
             topk_idx.data_ptr(),
@@ -309,7 +311,7 @@ class Buffer:
         def receive(read: tuple[torch.Tensor | None, ...] = (x, scales)) -> None:  # a stream reads these until it ends
             filled = (recv_x, recv_scales, recv_weights, num_tokens, offsets)
             pointers = [tensor.data_ptr() if tensor.numel() else 0 for tensor in filled]
-            status, _, num_received, *_ = self.core.dispatch_receive(round_number, *pointers)
+            status, _, num_received, *_ = self.verbs.dispatch_receive(round_number, *pointers)
             self._raise_for(status)
             handle[3] = num_received
 
@@ -326,13 +328,13 @@ class Buffer:
         self._check_open()
         round_number, num_tokens = self._check_handle(handle.tensor)
         check_expert_rows(self.config, self.recv_shape, y, int(handle.tensor[3]))
-        self._raise_for(self.core.combine_send(y.data_ptr(), round_number))
+        self._raise_for(self.verbs.combine_send(y.data_ptr(), round_number))
         out = torch.empty([num_tokens, self.config.hidden], dtype=self.config.dtype)
         codes = torch.empty([num_tokens, self.config.num_topk], dtype=torch.uint8)
         lost = torch.empty([], dtype=torch.bool)
 
         def receive(y: torch.Tensor = y) -> None:  # a stream reads y until it ends
-            status = self.core.combine_receive(round_number, out.data_ptr(), codes.data_ptr(), lost.data_ptr())
+            status = self.verbs.combine_receive(round_number, out.data_ptr(), codes.data_ptr(), lost.data_ptr())
             self._raise_for(status)
 
         return out, Outcome(codes, lost), RecvHook("combine", receive)
@@ -351,7 +353,7 @@ class Buffer:
             raise ValueError(
                 f"handle is of buffer {buffer_id}, not of this one ({self.id}); combine on the same buffer"
             )
-        if self.core.open_tokens(round_number) != num_tokens:
+        if self.verbs.open_tokens(round_number) != num_tokens:
             if self._closed:
                 raise ClosedError("this buffer is closed.")
             raise RuntimeError(
@@ -396,7 +398,7 @@ class Buffer:
     @property
     def num_rounds(self) -> int:
         """The number of the next round: it counts dispatches, construction's warm-up included."""
-        return int(self.core.stats()["next_round"])
+        return int(self.verbs.stats()["next_round"])
 
     @property
     def view(self) -> View:
@@ -413,7 +415,7 @@ class Buffer:
 
     def source_stats(self) -> list[SourceStats]:
         """One line a rank. Does not block; cheap enough to read once a second."""
-        lines = enumerate(self.core.source_stats())
+        lines = enumerate(self.verbs.source_stats())
         return [SourceStats(rank, *(ns / 1000 for ns in line[:3]), *line[3:]) for rank, line in lines]
 
     def on_view_change(self, callback: Callable[[View], None]) -> None:
@@ -439,7 +441,7 @@ class Buffer:
         if self._closed:
             return
         self._closed = True
-        _leave(self.core, self._membership)
+        _leave(self.verbs, self._membership)
 
     def __enter__(self) -> Buffer:
         return self
@@ -466,8 +468,8 @@ class Buffer:
         self.core.set_faults({"cut": sorted(self._cut)})
 
 
-def _leave(endpoint: Any, membership: MembershipThread | None) -> None:
-    endpoint.close()
+def _leave(verbs: Verbs, membership: MembershipThread | None) -> None:
+    verbs.close()
     if membership is not None:
         membership.stop()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -12,6 +12,44 @@ if TYPE_CHECKING:
     from fault_a2a.buffer import Buffer
 
 NUM_LANES = 2
+
+
+class Verbs(Protocol):
+    """Who runs a rank's rounds: its native core, or kernels outside of it that speak the same bytes.
+
+    Tensors go by address, and statuses by name (``Status`` in the core). Every call may block, and ends: peers that
+    died raise nothing. ``csrc/bindings/module.cpp`` has the arguments one by one.
+    """
+
+    def dispatch_send(
+        self, x: int, scales: int, topk_idx: int, idx_is_64_bit: bool, topk_weights: int, num_tokens: int
+    ) -> tuple[str, int, int, int, int, int]: ...
+    def dispatch_receive(
+        self, round_number: int, recv_x: int, recv_scales: int, recv_weights: int, counts: int, offsets: int
+    ) -> tuple[str, int, int, int, int, int]: ...
+    def combine_send(self, y: int, round_number: int) -> str: ...
+    def combine_receive(self, round_number: int, out: int, codes: int, lost: int) -> str: ...
+    def abandon(self, round_number: int) -> str: ...
+    def open_tokens(self, round_number: int) -> int: ...
+    def sources(self, round_number: int) -> list[Any]: ...
+    def stats(self) -> dict[str, int]: ...
+    def source_stats(self) -> list[Any]: ...
+    def close(self) -> None: ...
+
+
+def verbs_for(backend: str, endpoint: Any, fields: dict[str, Any]) -> Verbs:
+    """Of an endpoint that has opened its peers; ``fields``: what it was made from (``core_fields``)."""
+    if backend != "triton":
+        return endpoint
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            'backend: "triton" needs Triton; run `pip install fault_a2a[triton]`, or pass "cpu".'
+        ) from error
+    from fault_a2a.kernels.triton.rank import Rank
+
+    return Rank(endpoint, fields)
 
 
 @dataclass(frozen=True)
@@ -59,7 +97,7 @@ class Handle:
         """int32 ``[num_rows, 5]``, one line a received row: (row of ``recv.x`` seen as two-dimensional, local expert,
         src_rank, token on src_rank, choice of that token). For checks; empty once the round is combined."""
         _, round_number, _, _ = self.tensor.tolist()
-        rows = self.buffer.core.sources(round_number)
+        rows = self.buffer.verbs.sources(round_number)
         return torch.tensor(rows, dtype=torch.int32).reshape(-1, 5)
 
 

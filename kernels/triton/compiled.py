@@ -1,0 +1,168 @@
+"""What each Triton kernel takes of a chip: compiled for it without a GPU, in a process that does not interpret.
+
+``kernel_rows`` is for ``fault-a2a compile``; run as a module, this file prints the rows for one layout.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+# Compute capabilities as Triton names them; its own choice adds the "a" of 90a and its successors.
+ARCHS = ("90", "100", "103", "120")
+VARIANTS = ("bfloat16", "float32", "float16")
+TIMEOUT_S = 600
+_MODULE = "fault_a2a.kernels.triton.compiled"
+_WARP = 32
+
+Row = dict[str, Any]  # kernel, arch, variant, registers, spill_bytes, shared_bytes
+
+
+def kernel_rows(archs: Sequence[str] = ARCHS, variants: Sequence[str] = VARIANTS) -> list[Row]:
+    """Compiles every Triton kernel for every chip of ``archs`` ("90" ...) and type of rows. Needs no GPU; blocks, tens
+    of seconds, since a process of its own does it: whether Triton interprets is settled when it is imported.
+
+    Returns:
+        one dict a kernel, chip and type: kernel, arch, variant, registers, spill_bytes, shared_bytes. The layout is
+        that of 8 ranks, 256 experts, top-8, 128 tokens of 7168 elements; ``variant`` is the type, "-fp8" behind it
+        where rows are quantised on the way out.
+
+    Raises:
+        ValueError: an arch or variant that is none of ``ARCHS`` or ``VARIANTS``.
+        RuntimeError: Triton is not there, or does not compile a kernel; the text says which.
+    """
+    for name, chosen, known in (("archs", archs, ARCHS), ("variants", variants, VARIANTS)):
+        unknown = [one for one in chosen if one not in known]
+        if unknown:
+            raise ValueError(f"{name}: {unknown[0]!r} is not known; pass some of {', '.join(known)}.")
+    with tempfile.TemporaryDirectory() as cache:
+        env = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": cache}
+        command = [sys.executable, "-m", _MODULE, ",".join(archs), ",".join(variants)]
+        done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=TIMEOUT_S)
+    if done.returncode != 0:
+        raise RuntimeError(f"Triton's kernels do not compile: {done.stderr.strip()[-2000:]}")
+    rows: list[Row] = json.loads(done.stdout)
+    return rows
+
+
+# --- in the process that compiles
+
+
+def _fields(dtype: str, is_quantised: bool, reduce: str) -> dict[str, Any]:
+    import torch
+
+    from fault_a2a.config import Config
+    from fault_a2a.core_fields import core_fields
+
+    dispatch_dtype = torch.float8_e4m3fn if is_quantised else None
+    sizes: dict[str, Any] = {"num_experts": 256, "hidden": 7168, "num_topk": 8, "num_max_tokens_per_rank": 128}
+    config = Config(**sizes, dtype=getattr(torch, dtype), dispatch_dtype=dispatch_dtype, reduce=reduce)
+    return core_fields(config, num_ranks=8, rank=0)
+
+
+def _constants(at: Any) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """Every kernel with the constants that it is launched with."""
+    from fault_a2a.kernels.triton import combine, dispatch, expand, window, words
+    from fault_a2a.kernels.triton.layout import NUMBERS
+
+    signal = {"SIGNAL": at.dispatch_signal, "SIGNAL_STEP": at.dispatch_signal_step}
+    kind = {"KIND": NUMBERS["kind_dispatch_signal"]}
+    wait = {"PHASE": NUMBERS["phase_dispatch_wait"], "HAS_PTX": True, "PLANT": 0}
+    yield dispatch.check_choices, {"IS_64_BIT": 1}
+    yield window.pass_gate, {"HAS_PTX": True}
+    yield dispatch.route, {}
+    yield dispatch.open_dispatch, {}
+    yield dispatch.store_claims, {}
+    yield dispatch.store_rows, {"HAS_SCALES": 0}
+    yield window.signal, {"OPENS": words.OPENED.value, "COUNTS": words.ROWS_TO.value, **signal, **kind}
+    yield window.show_phase, {}
+    yield window.wait_for_words, {**signal, **kind, **wait}
+    yield expand.take_headers, {"PLANT": 0}
+    yield expand.rank_rows, {}
+    yield expand.assign_places, {}
+    yield expand.copy_rows, {"HAS_SCALES": int(at.scale_bytes > 0), "HAS_WEIGHTS": 0}
+    yield window.recheck, {"KEPT": words.TAKEN.value, **signal}
+    taken = {"TAKEN_AT": at.dispatch_taken, "TAKEN_STEP": at.dispatch_taken_step}
+    yield window.refuse, {"KEPT": words.TAKEN.value, **taken, **kind}
+    yield combine.open_answers, {}
+    yield combine.return_rows, {}
+    yield combine.count_answers, {}
+    yield combine.reduce_rows, {}
+    yield combine.tell_lost, {}
+
+
+# What is no address, nor a time, and fits into an int32.
+_INT32 = ("num_tokens", "first_token", "num_polls", "is_first", "first_step", "last_step", "phase", "is_abandoned")
+
+
+def _compile(kernel: Any, arch: str, constants: dict[str, Any], at: Any) -> Any:
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    names = list(inspect.signature(kernel.fn).parameters)
+    constants = {**({"at": at} if "at" in names else {}), **constants}
+    types = {name: "constexpr" if name in constants else "i32" if name in _INT32 else "i64" for name in names}
+    source = triton.compiler.ASTSource(fn=kernel, signature=types, constexprs=constants)
+    return triton.compile(source, target=GPUTarget("cuda", int(arch), _WARP), options={"enable_fp_fusion": False})
+
+
+_REGISTERS = re.compile(r"Used (\d+) registers")
+_SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
+_TARGET = re.compile(r"^\.target (\w+)", re.MULTILINE)
+
+
+def _taken_of(ptx: str) -> tuple[int, int]:
+    """(registers, bytes spilled) of a kernel, as the assembler says when it turns this PTX into machine code."""
+    from triton import knobs
+
+    target = _TARGET.search(ptx)
+    assert target is not None, "no target in the PTX"
+    arch = target[1]
+    ptxas = (knobs.nvidia.ptxas_blackwell if arch >= "sm_1" and len(arch) > len("sm_90a") else knobs.nvidia.ptxas).path
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.ptx"
+        path.write_text(ptx)
+        options = ("-v", "--fmad=false", f"--gpu-name={arch}", str(path), "-o", str(path.with_suffix(".cubin")))
+        done = subprocess.run([ptxas, *options], capture_output=True, text=True)
+    registers, spills = _REGISTERS.search(done.stderr), _SPILLS.search(done.stderr)
+    if done.returncode != 0 or registers is None or spills is None:
+        raise RuntimeError(f"{ptxas} does not assemble a kernel for {arch}: {done.stderr.strip()}")
+    return int(registers[1]), int(spills[1]) + int(spills[2])
+
+
+def _compile_all(archs: Sequence[str], variants: Sequence[str]) -> Iterator[Row]:
+    from fault_a2a.kernels.triton.layout import layout_of
+
+    for variant in variants:
+        plain = layout_of(_fields(variant, is_quantised=False, reduce="owner"))
+        for arch in archs:
+            for kernel, constants in _constants(plain):
+                yield _row(kernel, arch, variant, constants, plain)
+            quantised = layout_of(_fields(variant, is_quantised=True, reduce="expert"))
+            for kernel, constants in _constants(quantised):
+                # Only these depend on what travels and on who sums.
+                if kernel.fn.__name__ in ("store_rows", "copy_rows", "return_rows", "reduce_rows"):
+                    yield _row(kernel, arch, f"{variant}-fp8", constants, quantised)
+
+
+def _row(kernel: Any, arch: str, variant: str, constants: dict[str, Any], at: Any) -> Row:
+    name = kernel.fn.__name__
+    try:
+        compiled = _compile(kernel, arch, constants, at)
+    except Exception as error:
+        raise RuntimeError(f"{name} for {arch}, {variant}: {error}") from error
+    registers, spill_bytes = _taken_of(compiled.asm["ptx"])
+    used = {"registers": registers, "spill_bytes": spill_bytes, "shared_bytes": compiled.metadata.shared}
+    return {"kernel": f"triton.{name}", "arch": arch, "variant": variant, **used}
+
+
+if __name__ == "__main__":
+    print(json.dumps(list(_compile_all(sys.argv[1].split(","), sys.argv[2].split(",")))))
