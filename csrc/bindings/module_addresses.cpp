@@ -141,6 +141,8 @@ void bind_addresses(py::module_& m, py::class_<Endpoint, std::shared_ptr<Endpoin
       .def("ring", &ring)
       .def("tick_ns", [](Endpoint& e) { return e.context().tick_ns; })
       .def("status", [](Endpoint& e) { return name_of(e.closed() ? Status::closed : released_status(e.state())); })
+      // What the core's own waits, those of collectives, take for this rank's next round.
+      .def("set_next_round", [](Endpoint& e, u64 round) { e.context().next_round = round; })
       // Ends every wait of this rank; whoever runs its kernels then answers open rounds, and closes it.
       .def("end_waits", [](Endpoint& e) {
         fetch_or(&e.state().release, release_closing);

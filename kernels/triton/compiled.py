@@ -43,14 +43,23 @@ def kernel_rows(archs: Sequence[str] = ARCHS, variants: Sequence[str] = VARIANTS
         unknown = [one for one in chosen if one not in known]
         if unknown:
             raise ValueError(f"{name}: {unknown[0]!r} is not known; pass some of {', '.join(known)}.")
+    return _compiled("rows", ",".join(archs), ",".join(variants))
+
+
+def ptx_of(kernels: Sequence[str]) -> dict[str, str]:
+    """The PTX of some kernels for one chip, by name; for tests, which ask it about scopes and roundings. Blocks."""
+    return _compiled("ptx", ARCHS[0], VARIANTS[0], *kernels)
+
+
+def _compiled(*words: str) -> Any:
+    """What this file prints as a module, in a process that does not interpret."""
     with tempfile.TemporaryDirectory() as cache:
         env = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": cache}
-        command = [sys.executable, "-m", _MODULE, ",".join(archs), ",".join(variants)]
+        command = [sys.executable, "-m", _MODULE, *words]
         done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=TIMEOUT_S)
     if done.returncode != 0:
         raise RuntimeError(f"Triton's kernels do not compile: {done.stderr.strip()[-2000:]}")
-    rows: list[Row] = json.loads(done.stdout)
-    return rows
+    return json.loads(done.stdout)
 
 
 # --- in the process that compiles
@@ -119,22 +128,21 @@ _SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
 _TARGET = re.compile(r"^\.target (\w+)", re.MULTILINE)
 
 
-def _taken_of(ptx: str) -> tuple[int, int]:
+def _taken_of(ptx: str, arch: str) -> tuple[int, int]:
     """(registers, bytes spilled) of a kernel, as the assembler says when it turns this PTX into machine code."""
-    from triton import knobs
+    from triton.backends.nvidia.compiler import get_ptxas
 
     target = _TARGET.search(ptx)
     assert target is not None, "no target in the PTX"
-    arch = target[1]
-    ptxas = (knobs.nvidia.ptxas_blackwell if arch >= "sm_1" and len(arch) > len("sm_90a") else knobs.nvidia.ptxas).path
+    ptxas = get_ptxas(int(arch)).path
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.ptx"
         path.write_text(ptx)
-        options = ("-v", "--fmad=false", f"--gpu-name={arch}", str(path), "-o", str(path.with_suffix(".cubin")))
+        options = ("-v", "--fmad=false", f"--gpu-name={target[1]}", str(path), "-o", str(path.with_suffix(".cubin")))
         done = subprocess.run([ptxas, *options], capture_output=True, text=True)
     registers, spills = _REGISTERS.search(done.stderr), _SPILLS.search(done.stderr)
     if done.returncode != 0 or registers is None or spills is None:
-        raise RuntimeError(f"{ptxas} does not assemble a kernel for {arch}: {done.stderr.strip()}")
+        raise RuntimeError(f"{ptxas} does not assemble a kernel for {target[1]}: {done.stderr.strip()}")
     return int(registers[1]), int(spills[1]) + int(spills[2])
 
 
@@ -159,10 +167,25 @@ def _row(kernel: Any, arch: str, variant: str, constants: dict[str, Any], at: An
         compiled = _compile(kernel, arch, constants, at)
     except Exception as error:
         raise RuntimeError(f"{name} for {arch}, {variant}: {error}") from error
-    registers, spill_bytes = _taken_of(compiled.asm["ptx"])
+    registers, spill_bytes = _taken_of(compiled.asm["ptx"], arch)
     used = {"registers": registers, "spill_bytes": spill_bytes, "shared_bytes": compiled.metadata.shared}
     return {"kernel": f"triton.{name}", "arch": arch, "variant": variant, **used}
 
 
+def _ptx(arch: str, variant: str, names: Sequence[str]) -> dict[str, str]:
+    from fault_a2a.kernels.triton.layout import layout_of
+
+    at = layout_of(_fields(variant, is_quantised=False, reduce="owner"))
+    chosen = [(kernel, constants) for kernel, constants in _constants(at) if kernel.fn.__name__ in names]
+    return {kernel.fn.__name__: _compile(kernel, arch, constants, at).asm["ptx"] for kernel, constants in chosen}
+
+
+def _main(what: str, archs: str, variants: str, *kernels: str) -> None:
+    if what == "ptx":
+        print(json.dumps(_ptx(archs, variants, kernels)))
+    else:
+        print(json.dumps(list(_compile_all(archs.split(","), variants.split(",")))))
+
+
 if __name__ == "__main__":
-    print(json.dumps(list(_compile_all(sys.argv[1].split(","), sys.argv[2].split(",")))))
+    _main(*sys.argv[1:])

@@ -118,6 +118,7 @@ class Rank:
                 return status, 0, 0, 0, 0, 0
             lane.open(round_number, num_tokens)
             self._next_round += 1
+            self.endpoint.set_next_round(self._next_round)
             self._send_rows(lane, x, scales, topk_weights)
             return "ok", round_number, 0, 0, 0, 0
 

@@ -1,0 +1,55 @@
+"""Triton's kernels compiled for every chip that is named, without one: what each takes, and what its PTX says."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("triton", reason="install triton==3.7.1: requirements-dev.txt has it")
+
+from fault_a2a.kernels.triton.compiled import ARCHS, VARIANTS, kernel_rows, ptx_of
+
+KEYS = {"kernel", "arch", "variant", "registers", "spill_bytes", "shared_bytes"}
+MAX_REGISTERS = 128
+KERNELS = {
+    *("check_choices", "pass_gate", "route", "open_dispatch", "store_claims", "store_rows", "signal", "show_phase"),
+    *("wait_for_words", "take_headers", "rank_rows", "assign_places", "copy_rows", "recheck", "refuse"),
+    *("open_answers", "return_rows", "count_answers", "reduce_rows", "tell_lost"),
+}
+
+
+def check(rows: list[dict], archs: tuple[str, ...], variants: tuple[str, ...]) -> None:
+    assert all(set(row) == KEYS for row in rows)
+    for arch in archs:
+        for variant in variants:
+            names = {row["kernel"] for row in rows if (row["arch"], row["variant"]) == (arch, variant)}
+            assert names == {f"triton.{name}" for name in KERNELS}
+    assert all(0 < row["registers"] <= MAX_REGISTERS for row in rows)
+    # The eight bytes are one register around the division of a scale, on one chip.
+    assert all(row["spill_bytes"] <= 8 for row in rows)
+
+
+def test_every_kernel_compiles() -> None:
+    check(kernel_rows(("90",), ("bfloat16",)), ("90",), ("bfloat16",))
+
+
+@pytest.mark.slow
+def test_every_kernel_compiles_for_every_chip() -> None:
+    check(kernel_rows(), ARCHS, VARIANTS)
+
+
+def test_ptx_has_the_scopes_and_rounds_apart() -> None:
+    ptx = ptx_of(("wait_for_words", "pass_gate", "signal", "reduce_rows"))
+    for kernel, words in {
+        "wait_for_words": ("atom.global.sys.acquire.or.b64", "atom.global.sys.release.or.b64", "%globaltimer"),
+        "pass_gate": ("fence.sc.sys", "atom.global.sys.release.exch.b64", "%globaltimer"),
+        "signal": ("atom.global.sys.release.exch.b64",),
+        "reduce_rows": ("mul.rn.f32", "add.rn.f32"),
+    }.items():
+        assert all(word in ptx[kernel] for word in words), f"{kernel}: no {words}"
+    assert "fma" not in ptx["reduce_rows"]
+
+
+@pytest.mark.parametrize(("options", "text"), [({"archs": ("75",)}, "archs"), ({"variants": ("fp8",)}, "variants")])
+def test_what_is_not_known_is_refused(options: dict, text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        kernel_rows(**options)
