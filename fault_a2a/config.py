@@ -46,6 +46,7 @@ _WHOLE_NUMBERS = {
     "settle_ms": (0, MAX_MS),
     "construct_timeout_ms": (1, MAX_MS),
     "agreement_timeout_ms": (1, MAX_MS),
+    "join_hold_ms": (1, MAX_MS),
     "num_spare_partitions": (0, MAX_SPARE_PARTITIONS),
 }
 # How long each rank is ready to wait for the others is its own business.
@@ -86,6 +87,7 @@ class Config:
         settle_ms: how long an accusation other than a process exit waits for others to join it, 0 or more.
         construct_timeout_ms: how long ``Buffer(...)`` waits for the group to come together.
         agreement_timeout_ms: how long a rank waits for its peers to agree on a view before it suspends itself.
+        join_hold_ms: how long ``begin_step`` waits at most for a change of membership that stands at a step start.
         agreement: who decides between proposals for a view. ``"windows"``: the members, over their shared memory,
             without a leader or a store; ``"store"``: the group's store, by ``compare_set``; while that is gone, views
             cannot change.
@@ -124,6 +126,7 @@ class Config:
     settle_ms: int = 50
     construct_timeout_ms: int = 60000
     agreement_timeout_ms: int = 10000
+    join_hold_ms: int = 500
     num_spare_partitions: int = 1
     agreement: str = "windows"
     num_chunk_tokens: int | None = None

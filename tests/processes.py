@@ -64,13 +64,16 @@ class Report:
 class Here:
     """A rank's own side: its pipe to the test, the board, and the way to its buffer."""
 
-    def __init__(self, rank: int, num_ranks: int, config: Config, pipe: Connection, board: Board, port: int) -> None:
+    def __init__(
+        self, rank: int, num_ranks: int, config: Config, pipe: Connection, board: Board, port: int, joins: bool = False
+    ) -> None:
         self.rank, self.num_ranks, self.config, self.pipe, self.board = rank, num_ranks, config, pipe, board
+        self.joins = joins
         self.store = dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
 
     def open(self, group: Group | None = None) -> Buffer:
         """Constructs the buffer, and tells the test that it stands."""
-        buffer = Buffer(group or Group(self.store, self.rank, self.num_ranks), self.config)
+        buffer = Buffer(group or Group(self.store, self.rank, self.num_ranks), self.config, join=self.joins)
         self.say("ready")
         return buffer
 
@@ -113,6 +116,7 @@ class _Seat:
     board: Board
     port: int
     words: Path  # takes its stacks when it is asked for them
+    joins: bool = False
 
 
 def _live(seat: _Seat) -> None:
@@ -123,7 +127,7 @@ def _live(seat: _Seat) -> None:
         faulthandler.register(signal.SIGUSR1, file=seat.words.open("w"), all_threads=True)
         names = core.guard_names()
         core.set_guards_off(sum(1 << names.index(guard) for guard in seat.guards_off))
-        here = Here(seat.rank, seat.num_ranks, seat.config, seat.pipe, seat.board, seat.port)
+        here = Here(seat.rank, seat.num_ranks, seat.config, seat.pipe, seat.board, seat.port, seat.joins)
         _send(seat.pipe, ("ended", seat.task(here)))
     except BaseException:
         _send(seat.pipe, ("failed", traceback.format_exc()))
@@ -141,6 +145,28 @@ def _host_store(pipe: Connection) -> None:
 def _die_with_the_server() -> None:
     """The server ends when the test process does, however that ends."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+@dataclass(frozen=True)
+class Former:
+    """A process whose rank another one has taken: dead, stopped or woken, and no member any more."""
+
+    pipe: Connection
+    process: Any
+
+    def wake(self) -> None:
+        os.kill(self.process.pid, signal.SIGCONT)
+
+    def report(self) -> Report:
+        """What it knows once it has learnt that it is out, and ran no more rounds."""
+        assert self._hear() == "done"
+        _send(self.pipe, [])
+        report: Report = self._hear()
+        return report
+
+    def _hear(self) -> Any:
+        assert self.pipe.poll(_PATIENCE_S), "a former rank said nothing"
+        return pickle.loads(self.pipe.recv_bytes())
 
 
 class Ranks:
@@ -162,6 +188,7 @@ class Ranks:
         self._words = tempfile.TemporaryDirectory()
         self._pipes: list[Connection] = []
         self._processes: list[Any] = []
+        self._former: list[Former] = []
         self._token = ""
 
     def __enter__(self) -> Self:
@@ -170,9 +197,11 @@ class Ranks:
         try:
             self._host.start()
             theirs.close()
-            port = self._receive(self._host_pipe, "the store's host")
+            self._port = self._receive(self._host_pipe, "the store's host")
             for rank in range(self.num_ranks):
-                self._start(rank, port)
+                pipe, process = self._start(rank)
+                self._pipes.append(pipe)
+                self._processes.append(process)
         except BaseException:
             self._clean_up()
             raise
@@ -187,15 +216,24 @@ class Ranks:
         assert not bad, f"exit codes of ranks that nobody killed: {bad}"
         assert not left, f"names left in /dev/shm: {left}"
 
-    def _start(self, rank: int, port: int) -> None:
+    def _start(self, rank: int, joins: bool = False) -> tuple[Connection, Any]:
         ours, theirs = _SERVER.Pipe()
-        words = Path(self._words.name) / str(rank)
-        seat = _Seat(rank, self.num_ranks, self.config, self.task, self.guards_off, theirs, self.board, port, words)
+        words = Path(self._words.name) / f"{rank}-{len(self._former)}"
+        seat = _Seat(
+            rank, self.num_ranks, self.config, self.task, self.guards_off, theirs, self.board, self._port, words, joins
+        )
         process = _SERVER.Process(target=_live, args=(seat,), daemon=True)
         process.start()
         theirs.close()
-        self._pipes.append(ours)
-        self._processes.append(process)
+        return ours, process
+
+    def replace(self, rank: int) -> Former:
+        """A new process joins as this rank. Returns what was there before, dead or not; it is ended with the rest."""
+        former = Former(self._pipes[rank], self._processes[rank])
+        self._former.append(former)
+        self.killed.discard(rank)
+        self._pipes[rank], self._processes[rank] = self._start(rank, joins=True)
+        return former
 
     # -- talking -----------------------------------------------------------------------------------------------------
 
@@ -331,7 +369,7 @@ class Ranks:
         for rank, process in enumerate(self._processes):
             if rank not in self.killed:
                 process.join(max(0.0, deadline - time.monotonic()))  # it said its last word and is about to end
-        for process in self._processes:
+        for process in [*self._processes, *(one.process for one in self._former)]:
             if process.is_alive():
                 process.kill()
                 process.join(_PATIENCE_S)
@@ -341,7 +379,7 @@ class Ranks:
         if self._host.is_alive():
             self._host.kill()
         self._host.join(_PATIENCE_S)
-        for pipe in [self._host_pipe, *self._pipes]:
+        for pipe in [self._host_pipe, *self._pipes, *(one.pipe for one in self._former)]:
             pipe.close()
         self._words.cleanup()
         return left

@@ -40,6 +40,10 @@ void Endpoint::create() {
   for (i32 writer = 0; config_.poison && writer < num_partitions(config_.shape); ++writer)
     memset(fabric_->inbound(writer), 0xff, at.num_bytes);
   ControlPage& page = shared_ != nullptr ? shared_->own_page() : fabric_->page(config_.rank);
+  fill_page(page, Life::constructing);
+}
+
+void Endpoint::fill_page(ControlPage& page, Life life) {
   page.shape_hash = shape_hash(config_.shape);
   page.incarnation = new_incarnation();
   page.rank = static_cast<u32>(config_.rank);
@@ -47,7 +51,7 @@ void Endpoint::create() {
   for (SentWords& sent : page.sent)
     for (auto& words : sent.words)
       for (u32 parity = 0; parity < kNumParities; ++parity) words[parity] = fresh_word(config_.first_round, parity);
-  __atomic_store_n(&page.life, static_cast<u32>(Life::constructing), __ATOMIC_RELEASE);
+  __atomic_store_n(&page.life, static_cast<u32>(life), __ATOMIC_RELEASE);
   store_release(&page.magic, kControlMagic);
 }
 
@@ -93,7 +97,13 @@ void Endpoint::open_peers() {
     if (config_.poison) leave_stale_signals(fabric_->inbound(writer));
   }
   state_->started = config_.first_round;
+  context_.next_round = config_.first_round;
   state_->ring.views[0] = first.view;
+  set_up_context();
+  start_pulse(first, /*joining=*/false);
+}
+
+void Endpoint::set_up_context() {
   for (i32 rank = 0; rank < kMaxRanks; ++rank) {
     // Until the group serves, only exits count: compilation and first touch are slow and nobody's fault.
     state_->silence_ns[rank] = state_->stall_ns[rank] = static_cast<u64>(1) << 62;
@@ -113,19 +123,24 @@ void Endpoint::open_peers() {
   context_.state = state_.get();
   context_.fabric = fabric_.get();
   context_.wire = wire_.get();
-  context_.next_round = config_.first_round;
   context_.stalls.assign(static_cast<size_t>(config_.shape.num_ranks), StallWatch());
   context_.sources.assign(static_cast<size_t>(config_.shape.num_ranks), SourceStats());
+}
 
+void Endpoint::start_pulse(const Decision& first, bool joining) {
   PulseOptions options;
   options.agreement.rank = config_.rank;
   options.agreement.num_ranks = config_.shape.num_ranks;
+  options.agreement.num_partitions = num_partitions(config_.shape);
   options.agreement.settle_ns = config_.settle_ms * kNsPerMs;
   options.agreement.timeout_ns = config_.agreement_timeout_ms * kNsPerMs;
   options.agreement.by_windows = config_.agree_by_windows;
   options.beat_ns = config_.beat_ms * kNsPerMs;
   options.link_ns = config_.link_ms * kNsPerMs;
+  options.join_hold_ns = config_.join_hold_ms * kNsPerMs;
   options.between_processes = fabric_->between_processes();
+  options.doors = this;
+  options.joining = joining;
 #if defined(FA2A_TEST_HOOKS) && FA2A_TEST_HOOKS
   wire_->faults.rank = config_.rank;
   options.unreadable = &wire_->faults.cut;

@@ -37,7 +37,10 @@ namespace fa2a {
   X(copy_fence)           /* rows stored past the cache are there before their signal is       */ \
   X(record_before_answer) /* one word, stored last, says which copy of a record counts       */   \
   X(frozen_records)       /* a dead member is discounted by its frozen record only             */ \
-  X(records_at_accept)    /* in counting accepts as much as in prepare                         */
+  X(records_at_accept)    /* in counting accepts as much as in prepare                         */ \
+  X(fresh_partition)      /* a newcomer's partition is memory that no earlier life can reach   */ \
+  X(step_start)           /* a newcomer comes in where every member holds at one step start    */ \
+  X(hold_bound)           /* nobody holds longer than join_hold_ms, or behind one who has gone */
 
 enum Guard : u32 {
 #define FA2A_GUARD_NAME(name) guard_##name,

@@ -25,7 +25,8 @@ enum class Status : u32 {
   not_received,
   evicted,
   closed,
-  quorum_lost
+  quorum_lost,
+  open_round
 };
 
 // How rows look on their way out. Scales, if there are any, stand behind the payload of their row.
