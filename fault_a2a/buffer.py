@@ -131,15 +131,16 @@ class Buffer(Membership):
         self.group, self.core = way.group, way.endpoint
         try:
             way.go()
-            self._open_for_calls()
+            self._open_for_calls(joined=True)
         except BaseException:
             self.close()
             raise
 
-    def _open_for_calls(self) -> None:
+    def _open_for_calls(self, joined: bool = False) -> None:
         self.id = ops.register(self)
         self._memory = LentMemory(self.recv_shape, self.config.recv_dtype)
-        self._membership = MembershipThread(self.core, arbiter_for(self.config, self.group), self._callbacks)
+        arbiter = arbiter_for(self.config, self.group)
+        self._membership = MembershipThread(self.core, arbiter, self._callbacks, joined)
 
     def _meet_group(self, deadline: float) -> None:
         try:

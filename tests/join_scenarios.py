@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 from fault_a2a.buffer import Buffer
 from fault_a2a.config import Config
-from fault_a2a.errors import RankEvictedError
+from fault_a2a.errors import FaultA2AError, RankEvictedError
 from tests.process_rounds import FIRST_ROUND, Rounds, Wrong, begun_of, disagreements, losses, small, suspicions_of_live
 from tests.processes import Here, Ranks, Report
-from tests.rig import Checker
+from tests.rig import Checker, Tally
 
 ROUNDS_PER_STEP = 3
 
@@ -186,3 +186,127 @@ def silent_newcomer(guards_off: Iterable[str] = ()) -> Wrong:
         ranks.end_after(8)
         reports = ranks.reports(gone=[victim])
     return disagreements(reports) + suspicions_of_live(reports, {victim}) + ended_whole(reports)
+
+
+# -- deaths on the way -------------------------------------------------------------------------------------------------
+
+
+def dies_while_one_joins(victim: int, joins_as: int = 3, seed: int = 0, num_tries: int = 6) -> Wrong:
+    """While a newcomer is on its way in, ``victim`` dies: a member, the proposer (the lowest rank), or the newcomer."""
+    num_ranks = 5
+    config, steps = small(num_ranks), Steps(seed=seed, compute_ms=1)
+    dice = random.Random(seed)
+    with Ranks(num_ranks, config, steps) as ranks:
+        ranks.wait_ready()
+        ranks.wait_begun(8, *range(num_ranks))
+        for _ in range(num_tries):
+            ranks.kill(joins_as)
+            ranks.wait_gone(joins_as)
+            ranks.replace(joins_as)
+            time.sleep(dice.uniform(0.03, 0.2))
+            ranks.kill(victim)
+            ranks.wait_gone(victim)
+            if victim != joins_as:
+                ranks.hear_all([joins_as], "ready")
+                ranks.replace(victim)
+                ranks.hear_all([victim], "ready")
+        if victim == joins_as:
+            ranks.replace(victim)
+            ranks.hear_all([victim], "ready")
+        ranks.end_after(8)
+        reports = ranks.reports()
+    wrong = disagreements(reports) + suspicions_of_live(reports, {victim, joins_as}) + ended_whole(reports)
+    return wrong + all_in(reports, range(num_ranks)) + came_at_step_starts(reports)
+
+
+# -- the same process, again -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ComesBack(Steps):
+    """A rank that is evicted comes back as a new life, as often as it takes."""
+
+    def __call__(self, here: Here) -> None:
+        buffer = here.open()
+        told: list[str] = []
+        buffer.on_view_change(lambda view: told.append(view.reason))
+        tally = self.until_the_end(here, buffer)
+        while isinstance(tally.error, RankEvictedError):
+            received_at = buffer.recv_shape
+            view = buffer.rejoin()
+            assert view.active_mask[here.rank] and buffer.recv_shape == received_at
+            here.say("back")
+            tally = self.until_the_end(here, buffer)
+        here.end_together(buffer, tally)
+        assert here.rank != 1 or any("rank 1 joined" in reason for reason in told), told
+
+    def until_the_end(self, here: Here, buffer: Buffer) -> Tally:
+        checker = Checker(buffer, self.work(here.config, here.num_ranks))
+        try:
+            while (number := buffer.num_rounds) <= here.board.last_round[0]:
+                self.one_round(here, checker, number)
+        except FaultA2AError as error:
+            checker.tally.error = error
+        return checker.tally
+
+
+def evicted_and_back(num_times: int = 2) -> Wrong:
+    """Rank 1 is stopped until it is evicted, woken, and comes back in the same process."""
+    num_ranks = 4
+    config, steps = small(num_ranks, silence_ms=300), ComesBack(seed=2)
+    with Ranks(num_ranks, config, steps) as ranks:
+        ranks.wait_ready()
+        gone: dict[int, int] = {}
+        for _ in range(num_times):
+            ranks.wait_begun(max(ranks.board.begun) + 4, *range(num_ranks))
+            ranks.stop(1)
+            gone = begun_of(ranks, [1])
+            ranks.wait_begun(gone[1] + 3, 0, 2, 3)
+            ranks.wake(1)
+            ranks.hear_all([1], "back")
+        ranks.end_after(8)
+        reports = ranks.reports()
+    wrong = disagreements(reports) + suspicions_of_live(reports, {1}) + ended_whole(reports)
+    return wrong + all_in(reports, range(num_ranks)) + came_at_step_starts(reports)
+
+
+# -- a planned leave ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Leaves(Steps):
+    """Rank 1 leaves at the first step start from a certain round on at which it can."""
+
+    leaver: int = 1
+    from_round: int = 20
+
+    def __call__(self, here: Here) -> None:
+        buffer = here.open()
+        checker = Checker(buffer, self.work(here.config, here.num_ranks))
+        try:
+            while (number := buffer.num_rounds) <= here.board.last_round[0]:
+                is_step_start = (number - FIRST_ROUND) % ROUNDS_PER_STEP == 0
+                if here.rank == self.leaver and number >= self.from_round and is_step_start:
+                    if buffer.leave():
+                        break
+                    Rounds.one_round(self, here, checker, number)
+                else:
+                    self.one_round(here, checker, number)
+        except FaultA2AError as error:
+            checker.tally.error = error
+        here.end_together(buffer, checker.tally)
+
+
+def one_leaves_at_a_step_start(leaver: int = 1) -> Wrong:
+    """Nobody loses a choice, and nobody suspects anybody."""
+    num_ranks = 4
+    config, steps = small(num_ranks), Leaves(seed=3, leaver=leaver)
+    with Ranks(num_ranks, config, steps) as ranks:
+        ranks.wait_ready()
+        others = [rank for rank in range(num_ranks) if rank != leaver]
+        ranks.wait_until(lambda: bool(ranks.board.ended[leaver]), "the leaver to be out")
+        ranks.end_after(8)
+        reports = ranks.reports()
+    wrong = judge_lives(reports, steps, config, {}) + all_in({rank: reports[rank] for rank in others}, others)
+    lost = {rank: report.tally.lost for rank, report in reports.items() if report.tally.lost}
+    return wrong + [f"choices lost over a planned leave: {lost}"] * bool(lost)

@@ -153,8 +153,8 @@ def _check_together(faults: Sequence[Fault], num_ranks: int) -> None:
     for fault in faults:
         kind, text = str(fault).split(" ", 1)
         if kind == "rejoin":
-            earlier = [one for one in faults if fault.rank in one.ranks and one.step < fault.step]
-            if not earlier or fault.rank in came_back:
+            has_lost_it = any(fault.rank in one.ranks and one.step < fault.step for one in faults)
+            if not has_lost_it or fault.rank in came_back:
                 raise _refusal(kind, text, f"rank {fault.rank} has not lost its place by then; --kill it before")
             came_back[fault.rank] = fault
             killed.pop(fault.rank, None)
