@@ -50,9 +50,9 @@ class Buffer(Membership):
         if join and self.group.fabric is not None:
             raise ValueError("join: virtual ranks cannot join; give a Group of processes, without a fabric")
         self.config = config
-        self.placement = config.placement_for(self.group.num_ranks)
+        self.placement = config.placement_for(self.num_ranks)
         self.num_local_experts = self.placement.num_local_experts(self.group.rank)
-        self.capacity = config.capacity(self.group.num_ranks)
+        self.capacity = config.capacity(self.num_ranks)
         self._callbacks: list[Callable[[View], None]] = []
         self._begin_life(join)
 
@@ -106,7 +106,7 @@ class Buffer(Membership):
                 f"ranks {others} are on another host or see another /dev/shm than rank {group.rank}; "
                 "this release connects the processes of one host (containers must share /dev/shm)"
             )
-        fields = core_fields(config, group.num_ranks, group.rank)
+        fields = {**core_fields(config, self.num_ranks, group.rank), "num_founders": group.num_ranks}
         if group.fabric is not None:
             return core.Endpoint(fields, group.fabric.of(fields), "")
         return core.Endpoint(fields, None, self._token)
@@ -114,7 +114,7 @@ class Buffer(Membership):
     def _introduction(self) -> str:
         """Where this process runs, a token that makes the names of this group's shared memory its own, the config."""
         token = f"{time.time_ns():x}{core.now_ns() & 0xFFFFFF:x}"
-        return f"{host_of_this_process()} {token} {json.dumps(self.config.compared(self.group.num_ranks))}"
+        return f"{host_of_this_process()} {token} {json.dumps(self.config.compared(self.num_ranks))}"
 
     def _check_same_config(self, configs: list[dict[str, str]]) -> None:
         for name, value in configs[self.rank].items():
@@ -420,7 +420,8 @@ class Buffer(Membership):
 
     @property
     def num_ranks(self) -> int:
-        return self.group.num_ranks
+        """Ranks that there is room for; which of them are in, ``view`` says."""
+        return self.config.num_ranks_for(self.group.num_ranks)
 
     @property
     def num_rounds(self) -> int:

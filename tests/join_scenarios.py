@@ -310,3 +310,31 @@ def one_leaves_at_a_step_start(leaver: int = 1) -> Wrong:
     wrong = judge_lives(reports, steps, config, {}) + all_in({rank: reports[rank] for rank in others}, others)
     lost = {rank: report.tally.lost for rank, report in reports.items() if report.tally.lost}
     return wrong + [f"choices lost over a planned leave: {lost}"] * bool(lost)
+
+
+# -- growth ------------------------------------------------------------------------------------------------------------
+
+
+def grows(num_founders: int = 2, num_ranks: int = 4, kills_one: bool = False) -> Wrong:
+    """A group grows to what it has room for, one rank after the other, or with one of the members dying meanwhile."""
+    config, steps = small(num_ranks, max_num_ranks=num_ranks), Steps(seed=4)
+    with Ranks(num_ranks, config, steps, num_founders=num_founders) as ranks:
+        ranks.wait_ready()
+        ranks.wait_begun(12, *range(num_founders))
+        newcomers = [ranks.grow() for _ in range(num_founders, num_ranks)]  # all at once; they come in one by one
+        gone: dict[int, int] = {}
+        if kills_one:
+            ranks.kill(1)
+            ranks.wait_gone(1)
+            gone = begun_of(ranks, [1])
+        ranks.hear_all(newcomers, "ready")
+        if kills_one:
+            ranks.replace(1)
+            ranks.hear_all([1], "ready")
+        ranks.end_after(12)
+        reports = ranks.reports()
+    wrong = disagreements(reports) + suspicions_of_live(reports, set(gone)) + ended_whole(reports)
+    wrong += all_in(reports, range(num_ranks)) + came_at_step_starts(reports)
+    # The choices on ranks that were not there yet are unroutable, all others are delivered.
+    work = steps.work(config, num_ranks)
+    return wrong + [text for report in reports.values() for text in losses(report, work, gone)]

@@ -68,12 +68,13 @@ class Here:
         self, rank: int, num_ranks: int, config: Config, pipe: Connection, board: Board, port: int, joins: bool = False
     ) -> None:
         self.rank, self.num_ranks, self.config, self.pipe, self.board = rank, num_ranks, config, pipe, board
-        self.joins = joins
+        self.joins, self.num_founders = joins, num_ranks
         self.store = dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
 
     def open(self, group: Group | None = None) -> Buffer:
         """Constructs the buffer, and tells the test that it stands."""
-        buffer = Buffer(group or Group(self.store, self.rank, self.num_ranks), self.config, join=self.joins)
+        num_ranks = self.num_ranks if self.joins else self.num_founders
+        buffer = Buffer(group or Group(self.store, self.rank, num_ranks), self.config, join=self.joins)
         self.say("ready")
         return buffer
 
@@ -116,7 +117,8 @@ class _Seat:
     board: Board
     port: int
     words: Path  # takes its stacks when it is asked for them
-    joins: bool = False
+    joins: bool
+    num_founders: int
 
 
 def _live(seat: _Seat) -> None:
@@ -128,6 +130,7 @@ def _live(seat: _Seat) -> None:
         names = core.guard_names()
         core.set_guards_off(sum(1 << names.index(guard) for guard in seat.guards_off))
         here = Here(seat.rank, seat.num_ranks, seat.config, seat.pipe, seat.board, seat.port, seat.joins)
+        here.num_founders = seat.num_founders
         _send(seat.pipe, ("ended", seat.task(here)))
     except BaseException:
         _send(seat.pipe, ("failed", traceback.format_exc()))
@@ -177,11 +180,18 @@ class Ranks:
         config: of every rank's buffer.
         task: called with a ``Here`` on every rank; picklable, so a function of a module or a partial of one.
         guards_off: guards that are out on every rank.
+        num_founders: so many construct the group, if not all; the others join with ``grow``.
     """
 
     def __init__(
-        self, num_ranks: int, config: Config, task: Callable[[Here], Any], guards_off: Iterable[str] = ()
+        self,
+        num_ranks: int,
+        config: Config,
+        task: Callable[[Here], Any],
+        guards_off: Iterable[str] = (),
+        num_founders: int | None = None,
     ) -> None:
+        self.num_founders = num_founders or num_ranks
         self.num_ranks, self.config, self.task, self.guards_off = num_ranks, config, task, tuple(guards_off)
         self.board = Board.of(num_ranks)
         self.killed: set[int] = set()  # on purpose, by the test or by a fault it armed
@@ -198,7 +208,7 @@ class Ranks:
             self._host.start()
             theirs.close()
             self._port = self._receive(self._host_pipe, "the store's host")
-            for rank in range(self.num_ranks):
+            for rank in range(self.num_founders):
                 pipe, process = self._start(rank)
                 self._pipes.append(pipe)
                 self._processes.append(process)
@@ -219,9 +229,8 @@ class Ranks:
     def _start(self, rank: int, joins: bool = False) -> tuple[Connection, Any]:
         ours, theirs = _SERVER.Pipe()
         words = Path(self._words.name) / f"{rank}-{len(self._former)}"
-        seat = _Seat(
-            rank, self.num_ranks, self.config, self.task, self.guards_off, theirs, self.board, self._port, words, joins
-        )
+        who = (rank, self.num_ranks, self.config, self.task, self.guards_off)
+        seat = _Seat(*who, theirs, self.board, self._port, words, joins, self.num_founders)
         process = _SERVER.Process(target=_live, args=(seat,), daemon=True)
         process.start()
         theirs.close()
@@ -234,6 +243,13 @@ class Ranks:
         self.killed.discard(rank)
         self._pipes[rank], self._processes[rank] = self._start(rank, joins=True)
         return former
+
+    def grow(self) -> int:
+        """A process joins as the lowest rank that never was; returns which."""
+        pipe, process = self._start(len(self._pipes), joins=True)
+        self._pipes.append(pipe)
+        self._processes.append(process)
+        return len(self._pipes) - 1
 
     # -- talking -----------------------------------------------------------------------------------------------------
 
@@ -284,7 +300,7 @@ class Ranks:
     # -- rounds ------------------------------------------------------------------------------------------------------
 
     def wait_ready(self) -> None:
-        self.hear_all(range(self.num_ranks), "ready")
+        self.hear_all(range(self.num_founders), "ready")
 
     def wait_begun(self, round_number: int, *ranks: int) -> None:
         """Until each of the ranks has begun that round, or runs no more rounds at all."""

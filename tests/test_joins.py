@@ -12,6 +12,7 @@ from fault_a2a.errors import ClosedError, ConstructError
 from fault_a2a.group import Group
 from fault_a2a.testing.virtual import VirtualRanks
 from tests import join_scenarios as scenarios
+from tests.ballots import WENT_WRONG, run
 from tests.process_rounds import small
 from tests.rig import Work
 
@@ -75,3 +76,30 @@ def test_a_newcomer_without_a_group_is_told_so() -> None:
     group = Group(dist.HashStore(), 0, 2)
     with pytest.raises(ConstructError, match="nobody of group 'default' has told of itself on this store"):
         Buffer(group, small(2, construct_timeout_ms=50), join=True)
+
+
+@pytest.mark.parametrize("kills_one", [False, True])
+def test_a_group_grows_to_what_it_has_room_for(kills_one: bool) -> None:
+    assert scenarios.grows(kills_one=kills_one) == []
+
+
+def test_more_ranks_than_there_is_room_for_are_refused() -> None:
+    with pytest.raises(ValueError, match="max_num_ranks: 1 is less than the 2 ranks of the group"):
+        Buffer(Group(dist.HashStore(), 0, 2), small(2, max_num_ranks=1))
+
+
+# -- every schedule, or many -------------------------------------------------------------------------------------------
+
+
+def test_lives_begin_and_end_on_seeded_schedules() -> None:
+    walked = run("join_schedules", "400")
+    print(walked.stdout)
+    assert walked.returncode == 0, walked.stdout
+
+
+@pytest.mark.parametrize(
+    ("guard", "what"), [("step_start", "a newcomer"), ("visitor_kept", "somebody who may come in did not")]
+)
+def test_seeded_schedules_find_what_a_guard_of_joins_prevents(guard: str, what: str) -> None:
+    walked = run("join_schedules", "600", "1", guard)
+    assert walked.returncode == WENT_WRONG and what in walked.stdout, walked.stdout

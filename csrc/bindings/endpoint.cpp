@@ -32,7 +32,7 @@ void Endpoint::create() {
   if (group_) {
     fabric_ = make_local_fabric(group_, config_.rank);
   } else {
-    auto shared = make_shared_fabric(config_.shape, token_, config_.rank);
+    auto shared = make_shared_fabric(config_.shape, token_, config_.rank, config_.num_founders);
     shared_ = shared.get();
     fabric_ = std::move(shared);
   }
@@ -73,7 +73,7 @@ Decision Endpoint::first_decision() const {
   Decision first;
   first.view.epoch = config_.first_epoch;
   first.view.first_round = config_.first_round;
-  first.view.active = RankSet::first(config_.shape.num_ranks);
+  first.view.active = RankSet::first(config_.num_founders);
   for (i32 rank = 0; rank < config_.shape.num_ranks; ++rank) {
     first.view.incarnations[rank] = fabric_->page(rank).incarnation;
     first.view.partitions[rank] = static_cast<u16>(rank);
@@ -84,7 +84,7 @@ Decision Endpoint::first_decision() const {
 
 void Endpoint::open_peers() {
   if (shared_ != nullptr) shared_->open_peers();
-  for (i32 peer = 0; peer < config_.shape.num_ranks; ++peer) {
+  for (i32 peer = 0; peer < config_.num_founders; ++peer) {
     const ControlPage& page = fabric_->page(peer);
     if (load_acquire(&page.magic) == kControlMagic && page.shape_hash == shape_hash(config_.shape)) continue;
     throw std::runtime_error("rank " + std::to_string(peer) +
@@ -92,7 +92,7 @@ void Endpoint::open_peers() {
   }
   const Decision first = first_decision();
   for (i32 writer = 0; writer < num_partitions(config_.shape); ++writer) {
-    const u64 incarnation = writer < config_.shape.num_ranks ? first.view.incarnations[writer] : 0;
+    const u64 incarnation = writer < config_.num_founders ? first.view.incarnations[writer] : 0;
     prepare_partition(fabric_->inbound(writer), config_.shape, config_.rank, writer, incarnation, config_.first_round);
     if (config_.poison) leave_stale_signals(fabric_->inbound(writer));
   }

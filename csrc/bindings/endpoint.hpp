@@ -25,6 +25,7 @@ struct EndpointConfig {
   i32 num_local_experts = 0;
   i64 beat_ms = 10, silence_ms = 2000, stall_ms = 30000, link_ms = 5000, settle_ms = 50, agreement_timeout_ms = 10000;
   i64 join_hold_ms = 500;
+  i32 num_founders = 0;  // the lowest ranks, which are in the first view
   // false: whoever owns this endpoint carries proposals to an arbiter.
   bool agree_by_windows = true;
   u64 first_round = 0;  // tests start just before a field's end
@@ -96,7 +97,6 @@ class Endpoint : private Doors {
   bool prepare_for(const Newcomer& newcomer);
   void fill_for(const Newcomer& newcomer, u64 first_round);
   bool reach(i32 owner, i32 partition);
-  Status hold_for(const StepChange& change);
   Status wait_out_hold();
 
   EndpointConfig config_;

@@ -138,6 +138,7 @@ EndpointConfig config_of(const py::dict& fields) {
   config.settle_ms = fields["settle_ms"].cast<i64>();
   config.agreement_timeout_ms = fields["agreement_timeout_ms"].cast<i64>();
   config.agree_by_windows = fields["agree_by_windows"].cast<bool>();
+  config.num_founders = fields.contains("num_founders") ? fields["num_founders"].cast<i32>() : config.shape.num_ranks;
   if (fields.contains("first_round")) config.first_round = fields["first_round"].cast<u64>();
   if (fields.contains("first_epoch")) config.first_epoch = fields["first_epoch"].cast<u64>();
   if (fields.contains("poison")) config.poison = fields["poison"].cast<bool>();

@@ -17,13 +17,16 @@ Life life_of(const ControlPage& page) { return static_cast<Life>(__atomic_load_n
 
 }  // namespace
 
-// Of ranks outside the view only. A newcomer that knocks before this rank has learnt that the life before is out knocks
-// on: the old page is still wanted, its frozen record may have to be counted.
+// Of ranks outside the view only. A newcomer that knocks before this rank has learnt that the life before is out waits:
+// the old page is still wanted, its frozen record may have to be counted. So is that of a newcomer for whom this rank
+// has promised: it may be in the next view already, and dead, and another one in its place would pass for it.
 void Pulse::answer_knocks(i64 now) {
   if (options_.doors == nullptr) return;
   const RankSet& active = newest_view(state_.ring).active;
   for (i32 rank = 0; rank < options_.agreement.num_ranks; ++rank) {
     if (active.has(rank) || rank == options_.agreement.rank) continue;
+    const bool is_promised = hold_state() == HoldState::committed && held_.change.rank == static_cast<u64>(rank);
+    if (is_promised && guarded(guard_visitor_kept)) continue;
     const u64 knock = load_acquire(&own().knocks[rank]);
     if (knock == 0) continue;
     store_release(&own().knocks[rank], 0);

@@ -56,7 +56,9 @@ class SharedFabric : public Fabric {
   virtual void forget_names() noexcept = 0;
   bool between_processes() const override { return true; }
 };
-std::unique_ptr<SharedFabric> make_shared_fabric(const Shape& shape, const std::string& token, i32 rank);
+// `num_founders`: the lowest ranks, which construct the group; the others may come later, and have a place only.
+std::unique_ptr<SharedFabric> make_shared_fabric(const Shape& shape, const std::string& token, i32 rank,
+                                                 i32 num_founders);
 // Of a rank that comes later: its control page and its window, each one unnamed object, and a place for everything that
 // belongs to the members. `partition` is the one it will have in every window, its own included.
 class NewcomerFabric : public Fabric {

@@ -17,8 +17,8 @@ constexpr bool kKeepsOpen = false;
 
 class PosixFabric : public Swappable<SharedFabric> {
  public:
-  PosixFabric(const Shape& shape, const std::string& token, i32 rank)
-      : Swappable<SharedFabric>(shape), token_(token), rank_(rank) {
+  PosixFabric(const Shape& shape, const std::string& token, i32 rank, i32 num_founders)
+      : Swappable<SharedFabric>(shape), token_(token), rank_(rank), num_founders_(num_founders) {
     try {
       create_own();
     } catch (...) {
@@ -38,9 +38,12 @@ class PosixFabric : public Swappable<SharedFabric> {
         outbound_.push_back(inbound_[static_cast<size_t>(rank_)]);
         continue;
       }
-      opened_.push_back(SharedMemory::open(page_name(peer), control_page_bytes()));
+      const bool is_here = peer < num_founders_;
+      opened_.push_back(is_here ? SharedMemory::open(page_name(peer), control_page_bytes())
+                                : SharedMemory::anonymous(control_page_bytes()));
       pages_.push_back(reinterpret_cast<ControlPage*>(opened_.back().data()));
-      opened_.push_back(SharedMemory::open(partition_name(peer, rank_), partition_bytes_));
+      opened_.push_back(is_here ? SharedMemory::open(partition_name(peer, rank_), partition_bytes_)
+                                : SharedMemory::anonymous(partition_bytes_));
       outbound_.push_back(opened_.back().data());
     }
   }
@@ -55,7 +58,9 @@ class PosixFabric : public Swappable<SharedFabric> {
     own_page_ = create(page_name(rank_), control_page_bytes(), /*keep_open=*/true);
     new (own_page_.data()) ControlPage();
     for (i32 writer = 0; writer < num_partitions(shape_); ++writer) {
-      own_partitions_.push_back(create(partition_name(rank_, writer), partition_bytes_, kKeepsOpen));
+      const bool comes_later = writer >= num_founders_ && writer < shape_.num_ranks;
+      own_partitions_.push_back(comes_later ? SharedMemory::anonymous(partition_bytes_)
+                                            : create(partition_name(rank_, writer), partition_bytes_, kKeepsOpen));
       inbound_.push_back(own_partitions_.back().data());
     }
   }
@@ -73,6 +78,7 @@ class PosixFabric : public Swappable<SharedFabric> {
 
   std::string token_;
   i32 rank_;
+  i32 num_founders_;
   std::vector<std::string> names_;
   SharedMemory own_page_;
   std::vector<SharedMemory> own_partitions_;
@@ -111,8 +117,9 @@ class UnnamedFabric : public Swappable<NewcomerFabric> {
 
 }  // namespace
 
-std::unique_ptr<SharedFabric> make_shared_fabric(const Shape& shape, const std::string& token, i32 rank) {
-  return std::make_unique<PosixFabric>(shape, token, rank);
+std::unique_ptr<SharedFabric> make_shared_fabric(const Shape& shape, const std::string& token, i32 rank,
+                                                 i32 num_founders) {
+  return std::make_unique<PosixFabric>(shape, token, rank, num_founders);
 }
 
 std::unique_ptr<NewcomerFabric> make_newcomer_fabric(const Shape& shape, i32 rank) {

@@ -188,6 +188,7 @@ class _Judged:
             "agree_ms": times.agree_ms,
             "first_good_step_ms": times.first_good_step_ms,
             "back_ms": self._back_ms(told),
+            "longest_step_ms": self._longest_step_ms(told),
         }
 
     def _back_ms(self, told: FaultStory) -> float | None:
@@ -196,6 +197,16 @@ class _Judged:
         if told.fault.kind != "rejoin" or told.at_ns is None or not newcomer.ready_ns:
             return None
         return _since_ms(told.at_ns, [newcomer.ready_ns])
+
+    def _longest_step_ms(self, told: FaultStory) -> float | None:
+        """What a newcomer cost: the longest step of those who were in, from its knocking to the first one with it."""
+        newcomer = self.story.ranks[told.fault.rank]
+        if self._back_ms(told) is None:
+            return None
+        members = [one for one in self.living if not one.joined]
+        steps = [step for one in members for step in one.steps if step.round_number <= newcomer.views[0].first_round]
+        took = [step.latency_us / 1000 for step in steps if step.end_ns >= (told.at_ns or 0)]
+        return max(took, default=None)
 
     # -- promises ----------------------------------------------------------------------------------------------------
 
