@@ -7,6 +7,8 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+import torch
+
 from fault_a2a.buffer import Buffer
 from fault_a2a.config import Config
 from fault_a2a.errors import FaultA2AError, RankEvictedError
@@ -19,12 +21,24 @@ ROUNDS_PER_STEP = 3
 
 @dataclass(frozen=True)
 class Steps(Rounds):
-    """As ``Rounds``, with a step start in front of every so many rounds."""
+    """As ``Rounds``, with a step start in front of every so many rounds, and a small collective behind it."""
 
     def one_round(self, here: Here, checker: Checker, number: int) -> None:
         if (number - FIRST_ROUND) % ROUNDS_PER_STEP == 0:
-            checker.buffer.begin_step()
+            if self.marks_step(here, number):
+                checker.buffer.begin_step()
+            self.gather(here, checker, number)
         super().one_round(here, checker, number)
+
+    def marks_step(self, here: Here, number: int) -> bool:
+        return True
+
+    def gather(self, here: Here, checker: Checker, number: int) -> None:
+        """Newcomers must count collectives as the members do."""
+        words, who = checker.buffer.all_gather(torch.tensor([here.rank, number]))
+        wanted = [[rank, number] if is_in else [0, 0] for rank, is_in in enumerate(who.contributed.tolist())]
+        if words.tolist() != wanted or not who.contributed[here.rank]:
+            checker.tally.corrupt.append(f"round {number}: gathered {words.tolist()} from {who}")
 
 
 def judge_lives(reports: Mapping[int, Report], steps: Steps, config: Config, gone: Mapping[int, int]) -> Wrong:
@@ -139,11 +153,8 @@ def one_late_rank(guards_off: Iterable[str] = ()) -> Wrong:
 class UnevenSteps(Steps):
     """Rank 0 marks one step start in eight."""
 
-    def one_round(self, here: Here, checker: Checker, number: int) -> None:
-        if here.rank == 0 and (number - FIRST_ROUND) // ROUNDS_PER_STEP % 8:
-            Rounds.one_round(self, here, checker, number)
-        else:
-            super().one_round(here, checker, number)
+    def marks_step(self, here: Here, number: int) -> bool:
+        return here.rank != 0 or (number - FIRST_ROUND) // ROUNDS_PER_STEP % 8 == 0
 
 
 def one_rank_marks_few_steps(guards_off: Iterable[str] = ()) -> Wrong:
@@ -289,6 +300,7 @@ class Leaves(Steps):
                 if here.rank == self.leaver and number >= self.from_round and is_step_start:
                     if buffer.leave():
                         break
+                    self.gather(here, checker, number)
                     Rounds.one_round(self, here, checker, number)
                 else:
                     self.one_round(here, checker, number)

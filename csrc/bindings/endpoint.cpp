@@ -48,9 +48,7 @@ void Endpoint::fill_page(ControlPage& page, Life life) {
   page.incarnation = new_incarnation();
   page.rank = static_cast<u32>(config_.rank);
   page.pid = static_cast<u32>(process_id());
-  for (SentWords& sent : page.sent)
-    for (auto& words : sent.words)
-      for (u32 parity = 0; parity < kNumParities; ++parity) words[parity] = fresh_word(config_.first_round, parity);
+  for (SentWords& sent : page.sent) forget_sent(sent, {config_.first_round, 0});
   __atomic_store_n(&page.life, static_cast<u32>(life), __ATOMIC_RELEASE);
   store_release(&page.magic, kControlMagic);
 }
@@ -93,7 +91,8 @@ void Endpoint::open_peers() {
   const Decision first = first_decision();
   for (i32 writer = 0; writer < num_partitions(config_.shape); ++writer) {
     const u64 incarnation = writer < config_.num_founders ? first.view.incarnations[writer] : 0;
-    prepare_partition(fabric_->inbound(writer), config_.shape, config_.rank, writer, incarnation, config_.first_round);
+    prepare_partition(fabric_->inbound(writer), config_.shape, config_.rank, writer, incarnation,
+                      {config_.first_round, 0});
     if (config_.poison) leave_stale_signals(fabric_->inbound(writer));
   }
   state_->started = config_.first_round;
@@ -215,6 +214,10 @@ CombineResult Endpoint::combine_receive(const ReduceArgs& args) {
 
 CombineResult Endpoint::abandon(u64 round) {
   return call<CombineResult>([&] { return fa2a::abandon(context_, round); });
+}
+
+CollectiveResult Endpoint::gather_all(const CollectiveArgs& args) {
+  return call<CollectiveResult>([&] { return fa2a::gather_all(context_, args); });
 }
 
 void Endpoint::crash() {

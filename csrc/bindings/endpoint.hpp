@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "kernels/cpu/collective.hpp"
 #include "kernels/cpu/context.hpp"
 #include "membership/pulse.hpp"
 
@@ -69,6 +70,7 @@ class Endpoint : private Doors {
   CombineResult combine_send(const CombineArgs& args);
   CombineResult combine_receive(const ReduceArgs& args);
   CombineResult abandon(u64 round);
+  CollectiveResult gather_all(const CollectiveArgs& args);
   void close();
   void set_timeouts(i32 rank, i64 silence_ms, i64 stall_ms);
   bool crashed() const { return crashed_; }
@@ -93,9 +95,9 @@ class Endpoint : private Doors {
   void set_up_context();
   void start_pulse(const Decision& first, bool joining);
   bool open_page(i32 rank, i32 pid, i32 fd) noexcept override;
-  void fill_window(const View& members, u64 first_round) noexcept override;
+  void fill_window(const View& members, u64 first_round, u64 first_collective) noexcept override;
   bool prepare_for(const Newcomer& newcomer);
-  void fill_for(const Newcomer& newcomer, u64 first_round);
+  void fill_for(const Newcomer& newcomer);
   bool reach(i32 owner, i32 partition);
   Status wait_out_hold();
 

@@ -35,20 +35,19 @@ bool Endpoint::open_member(i32 rank, i32 pid, i32 fd, u64 incarnation) {
 
 // Partitions of members, as the view has them: nobody stores here before a view names me, and that one begins with
 // `first_round`.
-void Endpoint::fill_window(const View& members, u64 first_round) noexcept {
+void Endpoint::fill_window(const View& members, u64 first_round, u64 first_collective) noexcept {
+  const Beginning first{first_round, first_collective};
   const i32 me = config_.rank;
   const i32 mine = partition_for_newcomer(members, me, num_partitions(config_.shape));
   for (i32 rank = 0; rank < config_.shape.num_ranks; ++rank) {
     if (!members.active.has(rank)) continue;
     prepare_partition(fabric_->inbound(members.partitions[rank]), config_.shape, me, rank, members.incarnations[rank],
-                      first_round);
+                      first);
   }
   newcomer_->take_partition(mine);
-  prepare_partition(fabric_->inbound(mine), config_.shape, me, me, fabric_->page(me).incarnation, first_round);
-  for (SentWords& sent : fabric_->page(me).sent)
-    for (auto& words : sent.words)
-      for (u32 parity = 0; parity < kNumParities; ++parity)
-        store_release(&words[parity], fresh_word(first_round, parity));
+  prepare_partition(fabric_->inbound(mine), config_.shape, me, me, fabric_->page(me).incarnation, first);
+  for (SentWords& sent : fabric_->page(me).sent) forget_sent(sent, first);
+  context_.next_collective = first_collective;
 }
 
 // Has the owner put a partition of its window aside for this life, and is it mapped here?
@@ -130,14 +129,12 @@ bool Endpoint::open_page(i32 rank, i32 pid, i32 fd) noexcept {
          page.rank == static_cast<u32>(rank);
 }
 
-void Endpoint::fill_for(const Newcomer& newcomer, u64 first_round) {
+void Endpoint::fill_for(const Newcomer& newcomer) {
+  const Beginning first{context_.next_round, context_.next_collective};
   prepare_partition(fabric_->inbound(prepared_partition_), config_.shape, config_.rank, newcomer.rank,
-                    newcomer.incarnation, first_round);
+                    newcomer.incarnation, first);
   // What was sent to the life before was not sent to this one.
-  SentWords& sent = fabric_->page(config_.rank).sent[newcomer.rank];
-  for (auto& words : sent.words)
-    for (u32 parity = 0; parity < kNumParities; ++parity)
-      store_release(&words[parity], fresh_word(first_round, parity));
+  forget_sent(fabric_->page(config_.rank).sent[newcomer.rank], first);
 }
 
 // No round is open: whatever still stores into the old memory is not of a round that anybody here will read, and what
@@ -152,7 +149,7 @@ bool Endpoint::prepare_for(const Newcomer& newcomer) {
   if (fd < 0) return false;
   prepared_for_ = newcomer.incarnation;
   prepared_partition_ = partition;
-  fill_for(newcomer, context_.next_round);
+  fill_for(newcomer);
   publish(fabric_->page(config_.rank).offer,
           Offer{newcomer.incarnation, static_cast<u64>(partition), static_cast<u64>(fd)});
   ring_pulse(fabric_->page(newcomer.rank));
@@ -174,8 +171,8 @@ Status Endpoint::wait_out_hold() {
     const RankSet& active = newest_view(state_->ring).active;
     bool is_passed = false;
     for (i32 rank = 0; rank < config_.shape.num_ranks; ++rank)
-      is_passed |=
-          rank != config_.rank && active.has(rank) && has_passed(load_acquire(&fabric_->page(rank).progress), round);
+      is_passed |= rank != config_.rank && active.has(rank) &&
+                   has_passed(load_acquire(&fabric_->page(rank).progress), round, context_.next_collective);
     const bool is_over = now_ns() >= deadline;
     if (is_passed || is_over) pulse_->end_hold(is_over && !is_passed && !is_leaving);
     return Reading::absent;
@@ -189,7 +186,8 @@ Status Endpoint::begin_step(bool& left_out) {
   std::lock_guard<std::mutex> lock(calls_);
   Status status = closed_ ? Status::closed : released_status(*state_);
   for (const OpenRound& open : context_.rounds)
-    if (status == Status::ok && open.stage != Stage::closed) status = Status::open_round;
+    if (status == Status::ok && (open.stage != Stage::closed || context_.collective.is_open))
+      status = Status::open_round;
   const bool is_leaving = load_relaxed(&fabric_->page(config_.rank).wants_to_leave) != 0;
   left_out = is_leaving && status == Status::evicted;
   if (status != Status::ok) return left_out ? Status::ok : status;
@@ -200,8 +198,9 @@ Status Endpoint::begin_step(bool& left_out) {
     const StepChange change = pulse_->ready_change();
     const bool is_join = change.kind == ChangeKind::join;
     const bool is_for_newcomer = is_prepared && change.incarnation == prepared_for_;
-    if (is_join && is_for_newcomer) fill_for(*newcomer, context_.next_round);
-    if (change.kind == ChangeKind::leave || is_for_newcomer) holds = pulse_->hold(context_.next_round, change);
+    if (is_join && is_for_newcomer) fill_for(*newcomer);
+    if (change.kind == ChangeKind::leave || is_for_newcomer)
+      holds = pulse_->hold({0, context_.next_round, context_.next_collective, change});
   }
   if (holds) status = wait_out_hold();
   left_out = is_leaving && (status == Status::evicted || (load_acquire(&state_->release) & release_evicted) != 0);

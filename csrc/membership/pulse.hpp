@@ -96,9 +96,9 @@ class Pulse {
   bool change_waits() const { return change_waits_.load(std::memory_order_relaxed); }
   std::optional<Newcomer> newcomer() const;  // for whom a partition must be ready before anybody can hold
   StepChange ready_change() const;           // what a hold could be for now; kind none: nothing
-  // From a step start, with every round below `round` closed. False: there is nothing to hold for. Until hold_state()
-  // is none again; after `committed` only a view or a release ends it.
-  bool hold(u64 round, const StepChange& change);
+  // From a step start, in whatever epoch. False: there is nothing to hold for. Until hold_state() is none again; after
+  // `committed` only a view or a release ends it.
+  bool hold(const StepHold& where);
   HoldState hold_state() const { return static_cast<HoldState>(hold_state_.load()); }
   void end_hold(bool timed_out);
   void ask_to_leave();
@@ -133,7 +133,7 @@ class Pulse {
   bool commit_hold(const StepChange& change);
   void join_turn(i64 now);
   const Decision* newest_decision();
-  bool all_hold_for_me(u64& round);
+  bool all_hold_for_me(StepHold& where);
   void come_in(const Decision& decision, i64 now);
   bool readable(i32 rank) const { return options_.unreadable == nullptr || !options_.unreadable->has(rank); }
   ControlPage& own() const { return *pages_[static_cast<size_t>(options_.agreement.rank)]; }
@@ -168,7 +168,6 @@ class Pulse {
   };
   std::vector<Visitor> visitors_;
   StepHold published_hold_;
-  u64 filled_for_round_ = ~0ull;  // of a newcomer
 
   mutable std::mutex mutex_;  // what callers and the thread share
   std::condition_variable changed_;

@@ -103,13 +103,12 @@ StepChange Pulse::ready_change() const {
   return ready_change_;
 }
 
-bool Pulse::hold(u64 round, const StepChange& change) {
+bool Pulse::hold(const StepHold& where) {
   {
     std::lock_guard<std::mutex> lock(mutex_);
     // Rounds below the view's first would still run without the newcomer, and where they end need be no step start.
-    if (!(change == ready_change_) || round < newest_view(state_.ring).first_round) return false;
-    held_.round = round;
-    held_.change = change;
+    if (!(where.change == ready_change_) || where.round < newest_view(state_.ring).first_round) return false;
+    held_ = where;
     hold_state_.store(static_cast<u32>(HoldState::holding));
   }
   ring_pulse(own());
@@ -176,7 +175,7 @@ void Pulse::reached_all(u64 epoch) {
 
 // Do all members hold for this newcomer, at one round? What it then publishes is all the promise that it can give: it
 // has begun nothing, and begins nothing but what a decision with it says.
-bool Pulse::all_hold_for_me(u64& round) {
+bool Pulse::all_hold_for_me(StepHold& where) {
   const View& members = agreement_.current().view;
   const StepChange me{ChangeKind::join, static_cast<u64>(options_.agreement.rank), own().incarnation};
   bool is_first = true;
@@ -186,8 +185,8 @@ bool Pulse::all_hold_for_me(u64& round) {
     if (!copy.newest(pages_[static_cast<size_t>(rank)]->hold)) return false;
     const StepHold& hold = copy.record;
     if (!(hold.change == me) || hold.epoch_plus_one != members.epoch + 1) return false;
-    if (!is_first && hold.round != round) return false;
-    round = hold.round;
+    if (!is_first && !(hold == where)) return false;
+    where = hold;
     is_first = false;
   }
   return !is_first;
@@ -212,7 +211,6 @@ void Pulse::join_turn(i64 now) {
     agreement_ = Agreement(options_.agreement, base);
     views_.assign(1, {base, now});
     store_release(&own().ready_for, 0);
-    filled_for_round_ = ~0ull;
   }
   const u64 epoch = agreement_.current().view.epoch;
   if (reached_epoch_plus_one_ != epoch + 1) return;
@@ -220,11 +218,10 @@ void Pulse::join_turn(i64 now) {
     store_release(&own().ready_for, epoch + 1);
     poke_ = true;
   }
-  u64 round = 0;
-  if (!all_hold_for_me(round) || round == filled_for_round_) return;
-  options_.doors->fill_window(agreement_.current().view, round);
-  filled_for_round_ = round;
-  published_hold_ = {epoch + 1, round, {ChangeKind::join, static_cast<u64>(me), own().incarnation}};
+  StepHold where;
+  if (!all_hold_for_me(where) || where == published_hold_) return;
+  options_.doors->fill_window(agreement_.current().view, where.round, where.collective);
+  published_hold_ = where;
   publish(own().hold, published_hold_);
   poke_ = true;
 }

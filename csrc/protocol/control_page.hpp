@@ -38,13 +38,16 @@ struct StepChange {
   }
 };
 
-// "I stand at a step start with the rounds below `round` closed, and wait here for this change." Taken back at will.
+// "I stand at a step start, the rounds below `round` and collectives below `collective` closed, and wait here for this
+// change." Taken back at will.
 struct StepHold {
   u64 epoch_plus_one = 0;  // 0: holds nowhere
   u64 round = 0;
+  u64 collective = 0;
   StepChange change;
   FA2A_HD constexpr bool operator==(const StepHold& other) const {
-    return epoch_plus_one == other.epoch_plus_one && round == other.round && change == other.change;
+    return epoch_plus_one == other.epoch_plus_one && round == other.round && collective == other.collective &&
+           change == other.change;
   }
 };
 
@@ -78,9 +81,9 @@ struct Decision {
   char reason[kReasonBytes] = {};
 };
 
-// The four kinds of word that one rank polls and another stores.
-enum class WordKind : u32 { dispatch_signal, combine_signal, dispatch_taken, combine_taken };
-constexpr u32 kNumWordKinds = 4;
+// The kinds of word that one rank polls and another stores.
+enum class WordKind : u32 { dispatch_signal, combine_signal, dispatch_taken, combine_taken, collective };
+constexpr u32 kNumWordKinds = 5;
 
 FA2A_HD constexpr WordKind signal_kind(Verb verb) {
   return verb == Verb::dispatch ? WordKind::dispatch_signal : WordKind::combine_signal;

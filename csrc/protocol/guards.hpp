@@ -41,7 +41,10 @@ namespace fa2a {
   X(fresh_partition)      /* a newcomer's partition is memory that no earlier life can reach   */ \
   X(step_start)           /* a newcomer comes in where every member holds at one step start    */ \
   X(hold_bound)           /* nobody holds longer than join_hold_ms, or behind one who has gone */ \
-  X(visitor_kept)         /* the page of a life that may be in the next view is not replaced   */
+  X(visitor_kept)         /* the page of a life that may be in the next view is not replaced   */ \
+  X(frozen_set)           /* what a rank has in a collective is not taken anew in a later view */ \
+  X(say_epoch)            /* sets of two epochs are not counted together                       */ \
+  X(all_say)              /* nobody returns before all members have said the same set          */
 
 enum Guard : u32 {
 #define FA2A_GUARD_NAME(name) guard_##name,

@@ -69,7 +69,15 @@ class NewcomerFabric : public Fabric {
 };
 std::unique_ptr<NewcomerFabric> make_newcomer_fabric(const Shape& shape, i32 rank);
 
-// Fills a partition so that no word in it is special: declined signals of the two rounds before `first_round`.
-void prepare_partition(u8* partition, const Shape& shape, i32 owner, i32 writer, u64 incarnation, u64 first_round);
+// Where a life begins: the number of its first round and of its first small collective.
+struct Beginning {
+  u64 round = 0;
+  u64 collective = 0;
+};
+
+// Fills a partition so that no word in it is special: declined signals of the two rounds before the first.
+void prepare_partition(u8* partition, const Shape& shape, i32 owner, i32 writer, u64 incarnation, Beginning first);
+// What a rank says it has stored for a peer's life that begins there: nothing.
+void forget_sent(SentWords& sent, Beginning first);
 
 }  // namespace fa2a

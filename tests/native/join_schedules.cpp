@@ -204,7 +204,7 @@ struct Group {
     SimRank& r = at(rank);
     StepHold next;
     if (r.committed) next = r.published;
-    if (r.holds && r.held == visible_change(rank)) next = {view_of(rank).epoch + 1, r.started, r.held};
+    if (r.holds && r.held == visible_change(rank)) next = {view_of(rank).epoch + 1, r.started, 0, r.held};
     if (r.holds && next.epoch_plus_one == 0) r.holds = false;
     if (next == r.published) return true;
     r.published = next;
@@ -274,7 +274,7 @@ struct Group {
     }
     if (round == r.filled_for) return;
     r.filled_for = round;
-    publish_or_die(rank, page(rank).hold, StepHold{view_of(rank).epoch + 1, round, me});
+    publish_or_die(rank, page(rank).hold, StepHold{view_of(rank).epoch + 1, round, 0, me});
   }
 
   void turn(i32 rank) {
