@@ -34,6 +34,7 @@ class Verbs(Protocol):
     def sources(self, round_number: int) -> list[Any]: ...
     def stats(self) -> dict[str, int]: ...
     def source_stats(self) -> list[Any]: ...
+    def begin_step(self) -> tuple[str, bool]: ...
     def close(self) -> None: ...
 
 
@@ -99,6 +100,12 @@ class Handle:
         _, round_number, _, _ = self.tensor.tolist()
         rows = self.buffer.verbs.sources(round_number)
         return torch.tensor(rows, dtype=torch.int32).reshape(-1, 5)
+
+
+def check_is_handle(handle: Any) -> None:
+    """Raises a ``TypeError`` for what is none."""
+    if not isinstance(handle, Handle):
+        raise TypeError(f"handle is a {type(handle).__name__}; give the handle that dispatch returned")
 
 
 @dataclass(frozen=True)

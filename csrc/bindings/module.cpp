@@ -15,9 +15,9 @@ void bind_verdict(py::module_& m);
 void bind_protocol(py::module_& m);
 void bind_rows(py::module_& m);
 DType dtype_named(const std::string& name);
+void bind_joins(py::class_<Endpoint, std::shared_ptr<Endpoint>>& endpoint);
 void bind_faults(py::module_& m, py::class_<Endpoint, std::shared_ptr<Endpoint>>& endpoint);
 void bind_addresses(py::module_& m, py::class_<Endpoint, std::shared_ptr<Endpoint>>& endpoint);
-const char* name_of(Status status);
 
 const char* name_of(Status status) {
   switch (status) {
@@ -39,6 +39,8 @@ const char* name_of(Status status) {
       return "closed";
     case Status::quorum_lost:
       return "quorum_lost";
+    case Status::open_round:
+      return "open_round";
     case Status::other_bytes:
       return "other_bytes";
   }
@@ -136,9 +138,11 @@ EndpointConfig config_of(const py::dict& fields) {
   config.silence_ms = fields["silence_ms"].cast<i64>();
   config.stall_ms = fields["stall_ms"].cast<i64>();
   config.link_ms = fields["link_ms"].cast<i64>();
+  config.join_hold_ms = fields["join_hold_ms"].cast<i64>();
   config.settle_ms = fields["settle_ms"].cast<i64>();
   config.agreement_timeout_ms = fields["agreement_timeout_ms"].cast<i64>();
   config.agree_by_windows = fields["agree_by_windows"].cast<bool>();
+  config.num_founders = fields.contains("num_founders") ? fields["num_founders"].cast<i32>() : config.shape.num_ranks;
   if (fields.contains("first_round")) config.first_round = fields["first_round"].cast<u64>();
   if (fields.contains("first_epoch")) config.first_epoch = fields["first_epoch"].cast<u64>();
   if (fields.contains("poison")) config.poison = fields["poison"].cast<bool>();
@@ -312,6 +316,7 @@ void bind_endpoint(py::module_& m) {
            })
       .def("is_leaving", [](Endpoint& e) { return e.pulse().ending(); })
       .def("proposal_failed", [](Endpoint& e) { e.pulse().proposal_failed(); });
+  bind_joins(endpoint);
   bind_faults(m, endpoint);
   bind_addresses(m, endpoint);
 }

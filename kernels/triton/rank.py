@@ -61,7 +61,7 @@ class Rank:
         self._sink: torch.Tensor | None = None
         self._calls = threading.Lock()
         self._closed = False
-        self._next_round = fields.get("first_round", 0)
+        self._next_round = endpoint.stats()["next_round"]  # not 0 for one that comes later
         self._stats = {"num_rounds": 0, "num_rejected": 0, "num_rechecks": 0}
         self._from_source = torch.zeros(self.num_ranks, 3, dtype=torch.int64)  # rows, bytes, failures
         self._ns_per_poll = 0 if HAS_PTX else self._time_a_poll()
@@ -156,6 +156,15 @@ class Rank:
 
     def abandon(self, round_number: int) -> str:
         return self._call(lambda: self._abandon(round_number), str)
+
+    def begin_step(self) -> tuple[str, bool]:
+        def work() -> tuple[str, bool]:
+            if any(lane.stage != "closed" for lane in self._lanes):
+                return "open_round", False
+            status, is_out = self.endpoint.begin_step()
+            return status, is_out
+
+        return self._call(work, lambda status: (status, False))
 
     def close(self) -> None:
         """Answers open rounds and leaves. A call in progress ends within one wake-up."""
