@@ -18,6 +18,7 @@ from tests.tidy_rules import (
     nothing_stops_or_prints,
     one_file_reads_the_clock,
     one_place_waits,
+    one_place_waits_in_triton,
 )
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -89,6 +90,16 @@ VIOLATIONS: list[tuple[Rule, str, str]] = [
     (one_place_waits, "kernels/cpu/a.cpp", "waiter->sleep(heard, 0);"),
     (one_place_waits, "kernels/cpu/a.cpp", "futex_wait(&word, seen, 0);"),
     (one_place_waits, "csrc/protocol/a.hpp", "__nanosleep(100);"),
+    (
+        one_place_waits_in_triton,
+        "kernels/triton/a.py",
+        "@kernel\ndef k(word):\n    while acquire(word) == 0:\n        pass",
+    ),
+    (
+        one_place_waits_in_triton,
+        "kernels/triton/a.py",
+        "@inline\ndef f(n):\n    if n:\n        while n > 0:\n            n -= 1",
+    ),
     (one_file_reads_the_clock, "csrc/membership/pulse.cpp", "clock_gettime(CLOCK_MONOTONIC, &now);"),
     (one_file_reads_the_clock, "csrc/host/thread.cpp", "auto now = std::chrono::steady_clock::now();"),
     (one_file_reads_the_clock, "kernels/cpu/a.cpp", "u64 now = __rdtsc();"),
@@ -133,6 +144,8 @@ INNOCENT: list[tuple[Rule, str, str]] = [
         "for (;;) {\n  wait_for(machine, [&] { return poll(); });\n}",
     ),
     (one_place_waits, "csrc/transport/faulty.cpp", "usleep(late_us);"),
+    (one_place_waits_in_triton, "kernels/triton/a.py", "def host():\n    while True:\n        launch(kernel, 1)"),
+    (one_place_waits_in_triton, "kernels/triton/window.py", "@kernel\ndef k(n):\n    while n > 0:\n        n -= 1"),
     (one_file_reads_the_clock, "csrc/host/clock.cpp", "clock_gettime(CLOCK_MONOTONIC, &now);"),
     (one_file_reads_the_clock, "csrc/membership/pulse.cpp", "// not steady_clock\nnow_ns();"),
     (first_line_is_a_caption, ".ci/run", "#!/usr/bin/env bash\n# What runs before a change lands."),

@@ -21,8 +21,9 @@ def check(rows: list[dict], archs: tuple[str, ...], variants: tuple[str, ...]) -
     assert all(set(row) == KEYS for row in rows)
     for arch in archs:
         for variant in variants:
-            names = {row["kernel"] for row in rows if (row["arch"], row["variant"]) == (arch, variant)}
-            assert names == {f"triton.{name}" for name in KERNELS}
+            of_variant = ("all", variant, f"{variant}-fp8")
+            names = [row["kernel"] for row in rows if row["arch"] == arch and row["variant"] in of_variant]
+            assert len(names) == len(KERNELS) + 4 and set(names) == {f"triton.{name}" for name in KERNELS}
     assert all(0 < row["registers"] <= MAX_REGISTERS for row in rows)
     # The eight bytes are one register around the division of a scale, on one chip.
     assert all(row["spill_bytes"] <= 8 for row in rows)

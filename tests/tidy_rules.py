@@ -256,6 +256,23 @@ def _body(text: str, start: int) -> str:
     return rest[: rest.find(";") + 1]
 
 
+TRITON_ROOM, TRITON_WAIT_FILE = "kernels/triton/", "kernels/triton/window.py"
+
+
+def one_place_waits_in_triton(source: Source) -> Iterator[str]:
+    """A kernel loops until something changes with `while`; what has a bound is a `for`, which Triton only counts."""
+    if not source.is_python or not source.lies_in(TRITON_ROOM) or source.path == TRITON_WAIT_FILE:
+        return
+    for function in ast.walk(ast.parse(source.text)):
+        if not isinstance(function, ast.FunctionDef):
+            continue
+        if not any(ast.unparse(decorator) in ("kernel", "inline") for decorator in function.decorator_list):
+            continue
+        for node in ast.walk(function):
+            if isinstance(node, ast.While):
+                yield f"{source.path}:{node.lineno}: a kernel loops without a bound; only {TRITON_WAIT_FILE} waits"
+
+
 _CLOCK = re.compile(
     r"\b(?:clock_gettime|gettimeofday|steady_clock|system_clock|high_resolution_clock|__rdtsc|timespec_get)\b"
 )
@@ -294,6 +311,7 @@ RULES: tuple[Rule, ...] = (
     imports_follow_the_rooms,
     nothing_stops_or_prints,
     one_place_waits,
+    one_place_waits_in_triton,
     one_file_reads_the_clock,
     first_line_is_a_caption,
     no_file_grows_wild,

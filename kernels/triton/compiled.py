@@ -31,9 +31,9 @@ def kernel_rows(archs: Sequence[str] = ARCHS, variants: Sequence[str] = VARIANTS
     of seconds, since a process of its own does it: whether Triton interprets is settled when it is imported.
 
     Returns:
-        one dict a kernel, chip and type: kernel, arch, variant, registers, spill_bytes, shared_bytes. The layout is
-        that of 8 ranks, 256 experts, top-8, 128 tokens of 7168 elements; ``variant`` is the type, "-fp8" behind it
-        where rows are quantised on the way out.
+        one dict a kernel and chip: kernel, arch, variant, registers, spill_bytes, shared_bytes. The layout is that of
+        8 ranks, 256 experts, top-8, 128 tokens of 7168 elements. ``variant`` is "all" of kernels that touch no row,
+        else the type, "-fp8" behind it where rows are quantised on the way out and summed by the experts' ranks.
 
     Raises:
         ValueError: an arch or variant that is none of ``ARCHS`` or ``VARIANTS``.
@@ -43,7 +43,10 @@ def kernel_rows(archs: Sequence[str] = ARCHS, variants: Sequence[str] = VARIANTS
         unknown = [one for one in chosen if one not in known]
         if unknown:
             raise ValueError(f"{name}: {unknown[0]!r} is not known; pass some of {', '.join(known)}.")
-    return _compiled("rows", ",".join(archs), ",".join(variants))
+    rows: list[Row] = []
+    for arch in archs:
+        rows += _compiled("rows", arch, *variants)
+    return rows
 
 
 def ptx_of(kernels: Sequence[str]) -> dict[str, str]:
@@ -146,19 +149,22 @@ def _taken_of(ptx: str, arch: str) -> tuple[int, int]:
     return int(registers[1]), int(spills[1]) + int(spills[2])
 
 
-def _compile_all(archs: Sequence[str], variants: Sequence[str]) -> Iterator[Row]:
+_TOUCH_ROWS = ("store_rows", "copy_rows", "return_rows", "reduce_rows")
+
+
+def _compile_all(arch: str, variants: Sequence[str]) -> Iterator[Row]:
     from fault_a2a.kernels.triton.layout import layout_of
 
-    for variant in variants:
+    for number, variant in enumerate(variants):
         plain = layout_of(_fields(variant, is_quantised=False, reduce="owner"))
-        for arch in archs:
-            for kernel, constants in _constants(plain):
-                yield _row(kernel, arch, variant, constants, plain)
-            quantised = layout_of(_fields(variant, is_quantised=True, reduce="expert"))
-            for kernel, constants in _constants(quantised):
-                # Only these depend on what travels and on who sums.
-                if kernel.fn.__name__ in ("store_rows", "copy_rows", "return_rows", "reduce_rows"):
-                    yield _row(kernel, arch, f"{variant}-fp8", constants, quantised)
+        quantised = layout_of(_fields(variant, is_quantised=True, reduce="expert"))
+        for kernel, constants in _constants(plain):
+            touches = kernel.fn.__name__ in _TOUCH_ROWS
+            if touches or number == 0:
+                yield _row(kernel, arch, variant if touches else "all", constants, plain)
+        for kernel, constants in _constants(quantised):
+            if kernel.fn.__name__ in _TOUCH_ROWS:
+                yield _row(kernel, arch, f"{variant}-fp8", constants, quantised)
 
 
 def _row(kernel: Any, arch: str, variant: str, constants: dict[str, Any], at: Any) -> Row:
@@ -180,11 +186,11 @@ def _ptx(arch: str, variant: str, names: Sequence[str]) -> dict[str, str]:
     return {kernel.fn.__name__: _compile(kernel, arch, constants, at).asm["ptx"] for kernel, constants in chosen}
 
 
-def _main(what: str, archs: str, variants: str, *kernels: str) -> None:
+def _main(what: str, arch: str, *words: str) -> None:
     if what == "ptx":
-        print(json.dumps(_ptx(archs, variants, kernels)))
+        print(json.dumps(_ptx(arch, words[0], words[1:])))
     else:
-        print(json.dumps(list(_compile_all(archs.split(","), variants.split(",")))))
+        print(json.dumps(list(_compile_all(arch, words))))
 
 
 if __name__ == "__main__":
