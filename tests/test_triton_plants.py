@@ -84,6 +84,16 @@ def test_drills() -> None:
         assert answer["evicted"] == [1] and answer["accounting_exact"] and answer["steps_completed"] == 6
 
 
+@pytest.mark.slow
+def test_a_rank_on_triton_is_replaced() -> None:
+    """The newcomer compiles, or builds its kernels, while the members of a mixed group run on."""
+    sizes = ["--hidden", "64", "--experts", "6", "--topk", "2", "--tokens", "4", "--steps", "30"]
+    faults = ["--kill", "1@2", "--rejoin", "1@4", "--compute-us", "400000"]
+    (answer,) = run_drills([["--ranks", "3", *sizes, *faults, "--backend", "cpu,triton,cpu"]])
+    assert answer["ok"], answer["problems"]
+    assert answer["survivors"] == [0, 1, 2] and answer["accounting_exact"]
+
+
 if __name__ == "__main__":
     import torch
 
