@@ -194,8 +194,9 @@ const char* call_combine_send(Endpoint& endpoint, std::uintptr_t y, u64 round) {
 }
 
 const char* call_combine_receive(Endpoint& endpoint, u64 round, std::uintptr_t out, std::uintptr_t codes,
-                                 std::uintptr_t lost) {
-  const ReduceArgs args{round, pointer<u8>(out), pointer<u8>(codes), pointer<u8>(lost)};
+                                 std::uintptr_t lost, std::uintptr_t topk_weights) {
+  const ReduceArgs args{round, pointer<u8>(out), pointer<u8>(codes), pointer<u8>(lost),
+                        pointer<const float>(topk_weights)};
   return name_of(unlocked([&] { return endpoint.combine_receive(args); }).status);
 }
 
@@ -254,7 +255,8 @@ void bind_endpoint(py::module_& m) {
       .def("dispatch_send", &call_dispatch_send)
       .def("dispatch_receive", &call_dispatch_receive)
       .def("combine_send", &call_combine_send)
-      .def("combine_receive", &call_combine_receive)
+      .def("combine_receive", &call_combine_receive, py::arg("round"), py::arg("out"), py::arg("codes"),
+           py::arg("lost"), py::arg("topk_weights") = 0)
       .def("abandon", &call_abandon)
       .def("sources", &sources)
       .def("stats", &stats)

@@ -204,6 +204,7 @@ struct ReduceArgs {
   u8* out;    // [num_tokens, hidden]
   u8* codes;  // [num_tokens, num_topk]
   u8* lost;   // one bool
+  const float* topk_weights = nullptr;  // in place of those of the dispatch; only for sums at the owner
 };
 
 struct CombineResult {

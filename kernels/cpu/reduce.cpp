@@ -277,6 +277,8 @@ void Reduction::look_for_word_of(i32 peer) {
 // Only after it may the round after next use the slots.
 CombineResult close_round(Context& c, OpenRound& open, const ReduceArgs* args) {
   CpuMachine machine(c, open.round);
+  if (args != nullptr && args->topk_weights != nullptr)
+    open.topk_weights.assign(args->topk_weights, args->topk_weights + open.topk_weights.size());
   Reduction reduction(c, machine, open, args);
   CombineResult result;
   result.status = reduction.run();
