@@ -19,6 +19,7 @@ _HOME = {
     "Config": "config",
     "Group": "group",
     "Placement": "placement",
+    "status": "group_status",
     "View": "membership",
     "Evidence": "membership",
     "FaultA2AError": "errors",
@@ -47,6 +48,7 @@ __all__ = [
     "View",
     "__version__",
     "phases",
+    "status",
 ]
 
 

@@ -129,7 +129,7 @@ class Buffer(PlantedFaults):
             self.group.meet("opened", deadline)
             self.id = ops.register(self)
             self._memory = LentMemory(self.recv_shape, self.config.recv_dtype)
-            self._membership = MembershipThread(self.core, arbiter_for(self.config, self.group))
+            self._membership = MembershipThread(self.core, arbiter_for(self.config, self.group), self.rank)
             self._warm_up()
             self.group.meet("warm", deadline, trouble=self._who_gave_up)
         except FaultA2AError:

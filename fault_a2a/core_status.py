@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from fault_a2a.errors import ClosedError, QuorumLostError, RankEvictedError
+from fault_a2a.log_events import tell
 
 if TYPE_CHECKING:
     from fault_a2a.buffer import Buffer
@@ -16,6 +17,7 @@ def error_of(status: str, buffer: Buffer) -> Exception:
         decided = buffer.views()[-1][0]
         return RankEvictedError(f"the group went on without rank {buffer.rank}: {decided.reason}.")
     if status == "quorum_lost":
+        tell("quorum_lost", rank=buffer.rank, suspects=buffer.core.suspects(), epoch=buffer.view.epoch)
         return QuorumLostError(
             f"rank {buffer.rank} suspects {buffer.core.suspects()} and found no agreement on the next view "
             f"within {buffer.config.agreement_timeout_ms} ms."

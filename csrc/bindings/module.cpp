@@ -226,6 +226,8 @@ py::dict stats(Endpoint& endpoint) {
   out["num_rounds"] = endpoint.context().stats.num_rounds;
   out["num_rejected"] = endpoint.context().stats.num_rejected;
   out["num_rechecks"] = endpoint.context().stats.num_rechecks;
+  out["num_lost"] = load_relaxed(&endpoint.context().stats.num_lost);
+  out["num_unroutable"] = load_relaxed(&endpoint.context().stats.num_unroutable);
   out["next_round"] = endpoint.context().next_round;
   return out;
 }
@@ -281,6 +283,7 @@ void bind_endpoint(py::module_& m) {
              return out;
            })
       .def("suspects", [](Endpoint& e) { return ranks_of(suspects_of(e.state()), e.config().shape.num_ranks); })
+      .def("last_beat_ns", [](Endpoint& e, i32 rank) { return load_acquire(&e.fabric().page(rank).process_beat); })
       .def("fault_at_ns", [](Endpoint& e, i32 rank) { return load_acquire(&e.fabric().page(rank).fault_at_ns); })
       .def("next_proposal",
            [](Endpoint& e, i64 timeout_ms) -> py::object {
