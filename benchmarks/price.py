@@ -5,15 +5,20 @@ Three groups of processes of one shape take turns under one parent: the core wit
 process, so each group loads its own after the fork. While a group runs, the others are stopped (SIGSTOP), pulse
 threads included: otherwise the pulse of the checked group would slow the unchecked one down and hide its own price.
 A pair is one turn of each, a second or less apart; the order within it is drawn, and no group has two turns in a row,
-which would leave its rows in the cache. The price is the median over pairs of the ratio of their times, with its
-bootstrap interval; the control shows what the same ratio is when there is nothing to find. Red only if the interval's
-lower bound is above the limit.
+which would leave its rows in the cache.
+
+The groups are forked anew for every block of pairs, in a drawn order: where a group's pages lie, and which processor
+woke it first, stays with it while it lives and makes two groups of one core differ by as much as the price that is
+looked for. So the interval draws blocks first and pairs within them second; drawing pairs alone takes that luck for a
+fact. The price is the median over pairs of the ratio of their times; the control shows what the same ratio is when
+there is nothing to find. Red only if the interval's lower bound is above the limit.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import random
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -21,34 +26,42 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # when it is run as a file
+if not __package__:  # run as a file
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    __package__ = "benchmarks"
 
-from benchmarks.contest import Score, run_contest
-from benchmarks.instructions import count, module_file
-from benchmarks.machine import ROOT, where_and_when
-from benchmarks.options import add_output_options, add_shape_options, ask_library, run_benchmark, shape_of, whole_number
-from benchmarks.spread import bootstrap_median, spread
-from benchmarks.systems import FaultA2A
-from benchmarks.teams import SETTLE, WHOLE, Team
-from benchmarks.work import Shape
+from .contest import run_contest
+from .instructions import count, module_file
+from .machine import ROOT, where_and_when
+from .options import add_output_options, add_shape_options, ask_library, run_benchmark, shape_of, whole_number
+from .spread import bootstrap_median, spread
+from .systems import FaultA2A
+from .teams import SETTLE, WHOLE, Team, in_a_fork
+from .work import Shape
 
 CHECKED, UNCHECKED, CONTROL = "checked", "unchecked", "control"
 CORES = {CHECKED: "", UNCHECKED: "unchecked", CONTROL: ""}
 MODULES = {CHECKED: "_C", UNCHECKED: "_C_unchecked"}
 LIMIT_PERCENT = 2.0
 NUM_COUNTED_ROUNDS = 10
+Blocks = Sequence[Sequence[float]]  # the turns of each block
 RECORD = ROOT / "benchmarks" / "results" / "price.jsonl"
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="price.py", description=__doc__.splitlines()[0])
     add_shape_options(parser)
-    parser.add_argument("--pairs", type=whole_number, default=200, help="counted pairs of turns (default 200)")
+    parser.add_argument(
+        "--pairs", type=whole_number, default=200, help="counted pairs of turns, over all blocks (default 200)"
+    )
+    parser.add_argument("--blocks", type=whole_number, default=10, help="so often the groups are forked (default 10)")
     parser.add_argument("--rounds", type=whole_number, default=3, help="counted rounds of a turn (default 3)")
-    parser.add_argument("--warm-up", type=whole_number, default=5, help="pairs that are not counted (default 5)")
+    parser.add_argument("--warm-up", type=whole_number, default=2, help="pairs of a block not counted (default 2)")
     parser.add_argument("--no-instructions", action="store_true", help="do not count instructions under callgrind")
     add_output_options(parser, RECORD)
     arguments = parser.parse_args(argv)
+    if arguments.pairs % arguments.blocks:
+        parser.error(f"--pairs {arguments.pairs} is not a multiple of --blocks {arguments.blocks}: choose one that is")
     for name in MODULES.values():
         if module_file(name) is None:
             parser.error(
@@ -65,17 +78,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def measure(arguments: argparse.Namespace, watch: Callable[[int], None]) -> dict[str, Any]:
     """The whole record of one run."""
     shape, began = shape_of(arguments), where_and_when()
-    scores = run_contest(
-        [
-            partial(Team, name, FaultA2A, shape, arguments.seed, {"FAULT_A2A_CORE": core})
-            for name, core in CORES.items()
-        ],
-        arguments.warm_up,
-        arguments.pairs,
-        orders=(SETTLE, *[WHOLE] * arguments.rounds),
-        watch=watch,
-        shuffle_seed=arguments.seed,
-    )
+    blocks = [in_a_fork(partial(_run_block, arguments, shape, block, watch)) for block in range(arguments.blocks)]
     record = {
         "benchmark": "price",
         **began,
@@ -83,13 +86,14 @@ def measure(arguments: argparse.Namespace, watch: Callable[[int], None]) -> dict
         "shape": asdict(shape),
         "seed": arguments.seed,
         "num_pairs": arguments.pairs,
+        "num_blocks": arguments.blocks,
         "rounds_per_turn": arguments.rounds,
         "limit_percent": LIMIT_PERCENT,
-        "failures": {score.name: score.failure for score in scores if score.failure},
+        "failures": {name: failure for block in blocks for name, failure in block["failures"].items()},
     }
     record["versions"] = {"fault_a2a": arguments.library.version, **began["versions"]}
     if not record["failures"]:
-        record |= _prices({score.name: score for score in scores}, arguments)
+        record |= _prices([block["pair_us"] for block in blocks], arguments)
     if not arguments.no_instructions:
         record["instructions"] = _instructions(shape)
     return record | {"ok": not record["failures"] and is_within(record["price_percent"])}
@@ -100,12 +104,39 @@ def is_within(price_percent: dict[str, float]) -> bool:
     return price_percent["low"] <= LIMIT_PERCENT
 
 
-def _prices(scores: dict[str, Score], arguments: argparse.Namespace) -> dict[str, Any]:
-    turns = {name: per_turn(score.pair, arguments.rounds) for name, score in scores.items()}
+def _run_block(
+    arguments: argparse.Namespace, shape: Shape, block: int, watch: Callable[[int], None]
+) -> dict[str, dict[str, Any]]:
+    """One set of groups, forked, timed and ended. In a process of its own, since every block's teams must be forked
+    from one that has not imported the package."""
+    num_pairs = arguments.pairs // arguments.blocks
+    seed = arguments.seed + block
+    names = random.Random(seed).sample(list(CORES), len(CORES))
+    scores = run_contest(
+        [partial(Team, name, FaultA2A, shape, seed, {"FAULT_A2A_CORE": CORES[name]}) for name in names],
+        arguments.warm_up,
+        num_pairs,
+        orders=(SETTLE, *[WHOLE] * arguments.rounds),
+        watch=lambda pair: watch(block * num_pairs + max(pair, 0)),
+        shuffle_seed=seed,
+    )
     return {
-        "pair_us": {name: round(spread(score.pair).median, 1) for name, score in scores.items()},
+        "failures": {score.name: score.failure for score in scores if score.failure},
+        "pair_us": {score.name: score.pair for score in scores},
+    }
+
+
+def _prices(blocks: Sequence[dict[str, list[float]]], arguments: argparse.Namespace) -> dict[str, Any]:
+    times = {name: [block[name] for block in blocks] for name in CORES}
+    turns = {name: [per_turn(block, arguments.rounds) for block in times[name]] for name in CORES}
+    return {
+        "pair_us": {name: round(spread([us for block in times[name] for us in block]).median, 1) for name in CORES},
         "price_percent": percent_above(turns[CHECKED], turns[UNCHECKED], arguments.seed),
         "control_percent": percent_above(turns[CONTROL], turns[CHECKED], arguments.seed),
+        "block_price_percent": [
+            percent_above([ours], [others], arguments.seed)["median"]
+            for ours, others in zip(turns[CHECKED], turns[UNCHECKED], strict=True)
+        ],
     }
 
 
@@ -114,9 +145,13 @@ def per_turn(times_us: Sequence[float], num_rounds: int) -> list[float]:
     return [sum(times_us[first : first + num_rounds]) for first in range(0, len(times_us), num_rounds)]
 
 
-def percent_above(ours: Sequence[float], others: Sequence[float], seed: int) -> dict[str, float]:
+def percent_above(ours: Blocks, others: Blocks, seed: int) -> dict[str, float]:
     """By how many percent ``ours`` take longer, pair by pair: the median and its 95 % bootstrap interval."""
-    found = bootstrap_median([one / other for one, other in zip(ours, others, strict=True)], seed)
+    ratios = [
+        [one / other for one, other in zip(mine, theirs, strict=True)]
+        for mine, theirs in zip(ours, others, strict=True)
+    ]
+    found = bootstrap_median(ratios, seed)
     return {key: round(100 * (value - 1), 3) for key, value in asdict(found).items()}
 
 
@@ -133,7 +168,8 @@ def as_text(record: dict[str, Any]) -> str:
     lines = [
         f"{shape['ranks']} ranks, {shape['tokens']} tokens a rank x {shape['hidden']} {shape['dtype']}, top-"
         f"{shape['topk']} of {shape['experts']} experts; {record['num_pairs']} pairs of {record['rounds_per_turn']} "
-        f"rounds; commit {record['commit']}, {record['date']}, load average {record['load_average'][0]} before, "
+        f"rounds in {record['num_blocks']} blocks; commit {record['commit']}, {record['date']}, load average "
+        f"{record['load_average'][0]} before, "
         f"{record['load_average_after'][0]} after"
     ]
     lines += [f"{name} failed: {failure}" for name, failure in record["failures"].items()]

@@ -49,8 +49,10 @@ class Interval:
     high: float
 
 
-def bootstrap_median(values: Sequence[float], seed: int, num_resamples: int = 4000) -> Interval:
+def bootstrap_median(blocks: Sequence[Sequence[float]], seed: int, num_resamples: int = 4000) -> Interval:
     """The 95 % percentile-bootstrap interval of the median; the same ``seed`` gives the same interval.
+
+    Samples of one block share what changed between blocks, so blocks are drawn first and samples within each second.
 
     Give it the ratios of pairs, never two lists of times: the two halves of a pair saw the same load, and a ratio of
     two medians would let a drift of the machine's speed pass for a difference.
@@ -58,9 +60,12 @@ def bootstrap_median(values: Sequence[float], seed: int, num_resamples: int = 40
     Raises:
         ValueError: there are no samples.
     """
-    if not values:
-        raise ValueError("values: the median of nothing; measure at least one pair")
+    if not blocks or not all(blocks):
+        raise ValueError("blocks: the median of nothing; measure at least one pair in each block")
     chance = random.Random(seed)
-    sample = list(values)
-    medians = [statistics.median(chance.choices(sample, k=len(sample))) for _ in range(num_resamples)]
-    return Interval(percentile(medians, 2.5), statistics.median(sample), percentile(medians, 97.5))
+    medians = []
+    for _ in range(num_resamples):
+        drawn = chance.choices(blocks, k=len(blocks))
+        medians.append(statistics.median([value for block in drawn for value in chance.choices(block, k=len(block))]))
+    together = [value for block in blocks for value in block]
+    return Interval(percentile(medians, 2.5), statistics.median(together), percentile(medians, 97.5))

@@ -82,7 +82,19 @@ sys.exit(price.main(sys.argv[1:]))
 
 
 def test_a_price_that_is_there_is_found_and_is_red():
-    options = [*SMALL, "--pairs", "6", "--rounds", "2", "--warm-up", "1", "--no-instructions", "--json"]
+    options = [
+        *SMALL,
+        "--pairs",
+        "6",
+        "--blocks",
+        "2",
+        "--rounds",
+        "2",
+        "--warm-up",
+        "1",
+        "--no-instructions",
+        "--json",
+    ]
     done = subprocess.run(
         [sys.executable, "-c", STAND_IN.format(root=str(ROOT)), *options],
         capture_output=True,
@@ -93,6 +105,7 @@ def test_a_price_that_is_there_is_found_and_is_red():
     assert done.returncode == 1, done.stderr
     record = json.loads(done.stdout)
     assert not record["ok"] and not record["failures"] and record["num_pairs"] == 6
+    assert record["num_blocks"] == 2 == len(record["block_price_percent"])
     assert record["pair_us"]["checked"] > 20_000 and record["pair_us"]["control"] > 20_000
     assert record["price_percent"]["low"] > price.LIMIT_PERCENT > record["control_percent"]["low"]
 
@@ -105,8 +118,22 @@ def test_the_limit_is_held_by_the_lower_bound():
 def test_pairs_are_compared_one_by_one():
     assert price.per_turn([1.0, 2.0, 10.0, 20.0], 2) == [3.0, 30.0]
     # The machine got ten times slower in the middle; each pair saw 10 percent.
-    found = price.percent_above([1.1, 1.1, 11.0, 11.0, 11.0], [1.0, 1.0, 10.0, 10.0, 10.0], seed=0)
+    found = price.percent_above([[1.1, 1.1], [11.0, 11.0, 11.0]], [[1.0, 1.0], [10.0, 10.0, 10.0]], seed=0)
     assert found == {"low": 10.0, "median": 10.0, "high": 10.0}
+
+
+def test_what_changes_between_blocks_is_no_certainty():
+    # Ten pairs that agree, but they are two groups of processes: one says +4 %, one says -4 %.
+    ours, others = [[1.04] * 5, [0.96] * 5], [[1.0] * 5] * 2
+    found = price.percent_above(ours, others, seed=0)
+    assert found["low"] == -4.0 and found["high"] == 4.0
+
+
+def test_pairs_that_do_not_fill_their_blocks_are_refused(monkeypatch, capsys):
+    monkeypatch.setattr(price, "module_file", Path)
+    with pytest.raises(SystemExit, match="2"):
+        price.parse([*SMALL, "--pairs", "7", "--blocks", "2"])
+    assert "--pairs 7 is not a multiple of --blocks 2" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -61,7 +61,8 @@ FA2A_HD constexpr bool guarded(Guard guard) {
 FA2A_HD constexpr bool guarded(Guard) { return true; }
 #endif
 
-// Whether peers and the host thread watch this rank. The unchecked core has no pulse, so nobody reads what is shown.
+// Whether peers and the host thread watch this rank, and it them. The unchecked core has no pulse: it shows nothing,
+// reads no clock while it waits, and asks after no suspicion, since nobody could raise one.
 #if defined(FA2A_BENCH_UNCHECKED) && FA2A_BENCH_UNCHECKED
 constexpr bool kWatched = false;
 #else

@@ -43,6 +43,7 @@ struct RankState {
 };
 
 FA2A_HD bool is_suspect(const RankState& state, i32 rank) {
+  if (!kWatched) return false;
   return (load_acquire(&state.suspects.words[rank / 64]) >> (rank % 64) & 1ull) != 0;
 }
 

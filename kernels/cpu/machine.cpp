@@ -34,6 +34,7 @@ void CpuMachine::advance() {
 }
 
 void CpuMachine::expect(i32 peer) {
+  if (!kWatched) return;
   const i64 now = now_ns();
   store_relaxed(&c_.state->waiting_since_ns[peer], static_cast<u64>(now));
   c_.stalls[static_cast<size_t>(peer)].since_ns = now;
@@ -54,6 +55,7 @@ void CpuMachine::expect_nobody() {
 }
 
 void CpuMachine::show() {
+  if (!kWatched) return;
   const u64 value = pack_progress(round_, phase_, c_.progress_tick);
   store_release(&c_.fabric->page(c_.rank).progress, value);
   const RankSet& active = newest_view(c_.state->ring).active;
@@ -63,7 +65,7 @@ void CpuMachine::show() {
 
 void CpuMachine::begin(i32 peer) {
   num_spins_ = 0;
-  if (peer == kNobody) return;
+  if (peer == kNobody || !kWatched) return;
   if (load_relaxed(&c_.state->waiting_since_ns[peer]) == 0) expect(peer);
   begun_ns_ = now_ns();
   store_relaxed(&c_.state->waiting_peer, static_cast<u64>(peer) + 1);
@@ -71,7 +73,7 @@ void CpuMachine::begin(i32 peer) {
 
 void CpuMachine::end(i32 peer) {
   waiter_.reset();
-  if (peer == kNobody) return;
+  if (peer == kNobody || !kWatched) return;
   store_relaxed(&c_.state->waiting_peer, 0);
   expect_no_more(peer);
   add_to(c_.sources[static_cast<size_t>(peer)].wait_ns, static_cast<u64>(now_ns() - begun_ns_));
@@ -83,6 +85,17 @@ void CpuMachine::rest(i32 peer) {
     relax();
     return;
   }
+  if (kWatched) watch(peer);
+  if (!waiter_) {
+    // Listen first, look at the word again, then sleep: in the other order a ring between look and sleep is lost.
+    waiter_.emplace(c_.fabric->page(c_.rank));
+  } else {
+    waiter_->sleep(heard_, c_.tick_ns);
+  }
+  heard_ = waiter_->listen();
+}
+
+void CpuMachine::watch(i32 peer) {
   const i64 now = now_ns();
   if (last_rest_ns_ == 0) last_tick_ns_ = last_rest_ns_ = now;
   if (peer != kNobody) judge_stalls(now);
@@ -91,13 +104,6 @@ void CpuMachine::rest(i32 peer) {
     last_tick_ns_ = now;
     advance();
   }
-  if (!waiter_) {
-    // Listen first, look at the word again, then sleep: in the other order a ring between look and sleep is lost.
-    waiter_.emplace(c_.fabric->page(c_.rank));
-  } else {
-    waiter_->sleep(heard_, c_.tick_ns);
-  }
-  heard_ = waiter_->listen();
 }
 
 // A tick says "I am late because I wait for somebody else". It is no excuse before the one that is waited for: two

@@ -45,6 +45,7 @@ class CpuMachine {
       64;  // about a microsecond; longer spins starve the peer that we wait for on a busy host
 
   void show();
+  void watch(i32 peer);
   void judge_stalls(i64 now);
   u64 excusable(u64 progress) const;
 
