@@ -140,6 +140,13 @@ def test_what_is_not_there_is_refused_in_words() -> None:
         growing.connect_ranks([0, 1])
 
 
+def test_a_timeout_that_is_passed_counts() -> None:
+    buffer = nixl_ep.Buffer(rank=0, tcp_store_group=dist.HashStore(), timeout_ms=1234)
+    buffer.update_memory_buffers(num_ranks=1, num_experts_per_rank=2, num_rdma_bytes=0)
+    buffer.connect_ranks([0])
+    assert buffer._made.timeouts["stall_ms"] == 1234
+
+
 def test_arguments_are_named() -> None:
     def work(buffer: deep_ep.Buffer) -> None:
         x, topk_idx, _ = tokens(buffer.rank)

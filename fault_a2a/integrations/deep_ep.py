@@ -1,17 +1,29 @@
 """The low-latency calls of DeepEP, over fault_a2a: callers switch by ``from fault_a2a.integrations import deep_ep``.
 
+``install()`` makes it importable as ``deep_ep``, for callers whose imports are not to be changed.
+
 Only the low-latency half: ``dispatch`` and ``combine`` of the other are not here. Timeouts come from the environment
 (``settings``), as DeepEP's own cannot be passed either.
 """
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
 
 from fault_a2a.integrations import settings
-from fault_a2a.integrations.low_latency import Done, Rows, no_stats, return_rows, send_tokens, set_masked, write_mask
+from fault_a2a.integrations.low_latency import (
+    Done,
+    Rows,
+    install_as,
+    no_stats,
+    return_rows,
+    send_tokens,
+    set_masked,
+    write_mask,
+)
 from fault_a2a.integrations.rank_buffers import OpenLayer, RankBuffers
 
 topk_idx_t = torch.int64
@@ -134,3 +146,12 @@ class Buffer:
 
     def destroy(self) -> None:
         self._buffers.close()
+
+
+def install() -> None:
+    """Makes this module importable as ``deep_ep``, for the process. Before anybody asks whether there is one.
+
+    Raises:
+        RuntimeError: a real deep_ep is installed, or was imported.
+    """
+    install_as("deep_ep", sys.modules[__name__])

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.machinery
+import importlib.util
+import sys
+from types import ModuleType
 from typing import Any, TypeAlias
 
 import torch
@@ -105,3 +109,15 @@ def no_stats(**tensors: Any) -> None:
     for name, tensor in tensors.items():
         if tensor is not None:
             raise NotImplementedError(f"{name} is not counted; leave it out and read Buffer.source_stats()")
+
+
+def install_as(name: str, module: ModuleType) -> None:
+    """Makes ``module`` importable under another library's name. May be called repeatedly."""
+    present = sys.modules.get(name)
+    if present is module:
+        return
+    if present is not None or importlib.util.find_spec(name) is not None:
+        raise RuntimeError(f"a real {name} is installed; uninstall it, or import {module.__name__} by its own name")
+    # Callers ask find_spec() first, which is an error, not a "no", for a module that has none.
+    module.__spec__ = importlib.machinery.ModuleSpec(name, None, origin=module.__file__)
+    sys.modules[name] = module

@@ -6,8 +6,6 @@ Timeouts come from the environment (``settings``), since vLLM passes none.
 
 from __future__ import annotations
 
-import importlib.machinery
-import importlib.util
 import sys
 from typing import Any
 
@@ -15,7 +13,15 @@ import torch
 
 from fault_a2a.group import Group
 from fault_a2a.integrations import settings
-from fault_a2a.integrations.low_latency import Done, Rows, return_rows, send_tokens, set_masked, write_mask
+from fault_a2a.integrations.low_latency import (
+    Done,
+    Rows,
+    install_as,
+    return_rows,
+    send_tokens,
+    set_masked,
+    write_mask,
+)
 from fault_a2a.integrations.rank_buffers import OpenLayer, RankBuffers
 
 topk_idx_t = torch.int64
@@ -27,10 +33,14 @@ class Buffer:
     Args:
         rank: this rank.
         tcp_store_group: a ``torch.distributed`` store that all ranks reach.
+        timeout_ms: how long a rank that lives may keep the others waiting; ``None``: what the environment says.
+
+    Other arguments are about hardware that is not used.
     """
 
-    def __init__(self, rank: int, tcp_store_group: Any = None, **unused: Any) -> None:
+    def __init__(self, rank: int, tcp_store_group: Any = None, timeout_ms: int | None = None, **unused: Any) -> None:
         self.rank, self._store = rank, tcp_store_group
+        self._timeouts = settings.timeouts() | ({} if timeout_ms is None else {"stall_ms": timeout_ms})
         self._buffers: RankBuffers | None = None
         self._num_ranks = 0
 
@@ -63,7 +73,7 @@ class Buffer:
                 f"ranks {ranks} of {self._num_ranks}: a group has all its ranks from the start, and cannot grow; "
                 "start it with as many as it may ever have"
             )
-        self._buffers = RankBuffers(Group(self._store, self.rank, self._num_ranks, "nixl_ep"), **settings.timeouts())
+        self._buffers = RankBuffers(Group(self._store, self.rank, self._num_ranks, "nixl_ep"), **self._timeouts)
 
     def disconnect_ranks(self, remote_ranks: list[int]) -> None:
         for rank in remote_ranks:
@@ -143,11 +153,4 @@ def install() -> None:
     Raises:
         RuntimeError: a real nixl_ep is installed, or was imported.
     """
-    present = sys.modules.get("nixl_ep")
-    if present is sys.modules[__name__]:
-        return
-    if present is not None or importlib.util.find_spec("nixl_ep") is not None:
-        raise RuntimeError("a real nixl_ep is installed; uninstall it, or use FAULT_A2A_VLLM=1, which leaves it alone")
-    # find_spec() of a module that has none is an error, not a "no".
-    sys.modules["nixl_ep"] = sys.modules[__name__]
-    sys.modules[__name__].__spec__ = importlib.machinery.ModuleSpec("nixl_ep", None, origin=__file__)
+    install_as("nixl_ep", sys.modules[__name__])

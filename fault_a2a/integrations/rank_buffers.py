@@ -8,7 +8,6 @@ counts as gone here as soon as it is gone from any of them.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,6 +19,10 @@ from fault_a2a.config import DEFAULT_CHUNK_TOKENS, Config
 from fault_a2a.group import Group, as_group
 from fault_a2a.rounds import Handle, Outcome, Received, RecvHook
 from fault_a2a.testing.virtual import LocalFabric
+
+# Patience with a rank that is meant to go. Not one millisecond: a waiting rank looks up every eighth of it, and takes a
+# look that comes late by a quarter for its own sleep, after which it starts to count anew.
+LEAVING_STALL_MS = 200
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ class LayerShape:
         )
 
 
-@dataclass
+@dataclass(eq=False)  # one round is like no other
 class OpenLayer:
     """One round of one layer, from its dispatch to its combine."""
 
@@ -70,7 +73,7 @@ class OpenLayer:
         _, outcome, hook = self.handle.buffer.combine(
             y, self.handle, out=out, topk_weights=topk_weights, return_recv_hook=True
         )
-        return outcome, self.buffers.remembering(outcome, hook)
+        return outcome, self.buffers.closing(self, outcome, hook)
 
 
 class RankBuffers:
@@ -86,7 +89,7 @@ class RankBuffers:
         self.timeouts = timeouts
         self.alone = False  # rounds stay on this rank while others are not there yet, or not any more
         self.masked: set[int] = set()  # ranks that this rank sends no choices to, at its caller's wish
-        self.listeners: list[Callable[[Buffer], None]] = []  # told of each buffer once it stands
+        self.open_layers: list[OpenLayer] = []
         self.newest_outcome: Outcome | None = None  # of the round that was combined last: what an engine may replay
         self._buffers: dict[LayerShape, Buffer] = {}
         self._alone: dict[LayerShape, Buffer] = {}
@@ -121,9 +124,7 @@ class RankBuffers:
                 made = Buffer(self.group, shape.config(self.num_ranks, **self.timeouts))
                 self._buffers[shape] = made
                 for rank in self._left_out:
-                    made.set_timeouts(rank, stall_ms=1)
-                for tell in self.listeners:
-                    tell(made)
+                    made.set_timeouts(rank, stall_ms=LEAVING_STALL_MS)
             return made
 
     # -- rounds --------------------------------------------------------------------------------------------------------
@@ -143,13 +144,26 @@ class RankBuffers:
         received, handle, hook = buffer.dispatch(
             x.contiguous(), topk_idx.contiguous(), topk_weights.float().contiguous(), return_recv_hook=True
         )
-        return received, OpenLayer(self, handle, order), hook
+        opened = OpenLayer(self, handle, order)
+        self.open_layers.append(opened)
+        return received, opened, hook
 
-    def remembering(self, outcome: Outcome, hook: RecvHook) -> RecvHook:
-        """The hook, and after it the outcome stands in ``newest_outcome``."""
+    def abandon_open(self) -> int:
+        """Closes rounds that were begun here and never combined, as after an exception in a layer; returns how many.
+
+        Blocks as ``Buffer.abandon`` does. Without it the next layers would find both lanes taken.
+        """
+        abandoned, self.open_layers = self.open_layers, []
+        for opened in abandoned:
+            opened.handle.buffer.abandon(opened.handle)
+        return len(abandoned)
+
+    def closing(self, opened: OpenLayer, outcome: Outcome, hook: RecvHook) -> RecvHook:
+        """The hook; after it the round is closed, and its outcome stands in ``newest_outcome``."""
 
         def receive() -> None:
             hook()
+            self.open_layers.remove(opened)
             self.newest_outcome = outcome
 
         return RecvHook("combine", receive)
@@ -192,10 +206,6 @@ class RankBuffers:
             return [int(rank != self.rank) for rank in range(self.num_ranks)]
         return [int(gone or rank in self.masked) for rank, gone in enumerate(self.gone())]
 
-    def is_changing(self) -> bool:
-        """Does this rank suspect somebody whom the group has not yet decided on?"""
-        return any(set(buffer.core.suspects()) & set(buffer.view.active_ranks) for buffer in self.all)
-
     @property
     def num_lost(self) -> int:
         """Choices of this rank's tokens that were lost, since construction."""
@@ -215,15 +225,20 @@ class RankBuffers:
     def _newly_gone(self) -> list[int]:
         return [rank for rank, gone in enumerate(self.gone()) if gone and rank not in self._acknowledged]
 
+    @property
+    def left_out(self) -> list[int]:
+        """Ranks that were left out on purpose."""
+        return sorted(self._left_out)
+
     def leave_out(self, rank: int) -> None:
-        """No patience with ``rank`` any more: it is left out by the first round that would wait for it.
+        """Little patience with ``rank`` from now on: the first round that would wait for it leaves it out.
 
         For a rank that runs no more rounds, called on every rank that does. It is no fault when it goes.
         """
         self._acknowledged.add(rank)
         self._left_out.add(rank)
         for buffer in self.all:
-            buffer.set_timeouts(rank, stall_ms=1)
+            buffer.set_timeouts(rank, stall_ms=LEAVING_STALL_MS)
 
     def close(self) -> None:
         """Leaves the group. Not collective, bounded, may be repeated."""

@@ -47,8 +47,8 @@ ENABLED = Setting("FAULT_A2A_VLLM", "0", "1: vLLM's nixl_ep backend is served by
 ON_FAULT_SETTING = Setting(
     "FAULT_A2A_ON_FAULT",
     "report",
-    "report: vLLM is told of a fault until it has recovered; serve: a fault that the group has agreed on is "
-    "acknowledged, and steps go on with the experts that are left",
+    "report: vLLM is told of a fault until it has recovered; serve: a fault is acknowledged at once, and steps go on "
+    "with the experts that are left",
     choices=ON_FAULT,
 )
 METRICS_PORT = Setting(

@@ -100,9 +100,14 @@ def alone(here: Here, layer: Layer, manager: FaultA2AManager, kernel: Any) -> li
 
 
 def too_large(here: Here, manager: FaultA2AManager) -> list[str]:
-    manager.world_size = here.num_ranks + 1
-    try:
-        manager.stage_ep_size()
-    except NotImplementedError as error:
-        return [] if f"cannot grow to {here.num_ranks + 1}" in str(error) else [str(error)]
-    return ["the group grew"]
+    """Neither beyond what it began with, nor back to it: who has left does not come back yet."""
+    wrong = []
+    for size in (here.num_ranks, here.num_ranks + 1):
+        manager.world_size = size
+        try:
+            manager.stage_ep_size()
+            wrong.append(f"the group grew to {size}")
+        except NotImplementedError as error:
+            if f"the group has {here.num_ranks - 1} ranks and cannot grow to {size}" not in str(error):
+                wrong.append(str(error))
+    return wrong

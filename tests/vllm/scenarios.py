@@ -103,10 +103,10 @@ def by_vllm(here: Here, layer: Layer) -> tuple[Any, RankBuffers]:
     return kernel, buffers
 
 
-def vllm_kernel(layer: Layer, rank: int) -> Any:
+def vllm_kernel(layer: Layer, rank: int, backend: str = "nixl_ep") -> Any:
     return make_unquantized_moe_kernel(
         quant_config=layer.quant_config(rank),
-        moe_config=layer.moe_config(layer.parallel_config(rank)),
+        moe_config=layer.moe_config(layer.parallel_config(rank, backend)),
         backend=UnquantizedMoeBackend.BATCHED_TRITON,
         experts_cls=layer.experts_class(),
         routing_tables=None,
@@ -114,13 +114,13 @@ def vllm_kernel(layer: Layer, rank: int) -> Any:
 
 
 @contextmanager
-def vllm_groups(here: Here) -> Iterator[None]:
+def vllm_groups(here: Here, backend: str = "nixl_ep") -> Iterator[None]:
     """vLLM's parallel state of ``num_ranks`` data-parallel ranks, which are one expert-parallel group."""
     parallel = ParallelConfig(
         data_parallel_size=here.num_ranks,
         data_parallel_rank=here.rank,
         enable_expert_parallel=True,
-        all2all_backend="nixl_ep",
+        all2all_backend=backend,
     )
     parallel.data_parallel_master_port = free_port(here)
     parallel._data_parallel_master_port_list = []

@@ -37,6 +37,7 @@ def test_any_hidden_size(hidden: int, quantized: str) -> None:
     run(Steps(Layer(hidden=hidden, quantized=quantized), by_hand, num_steps=3))
 
 
+@pytest.mark.parametrize("quantized", ["", "float32", "ue8m0"])
 @pytest.mark.parametrize("death", [None, Death()], ids=["healthy", "one killed"])
-def test_the_same_through_vllms_own_config_groups_and_factories(death: Death | None) -> None:
-    run(Steps(Layer(), by_vllm, death, asks=manager_knows))
+def test_the_same_through_vllms_own_config_groups_and_factories(death: Death | None, quantized: str) -> None:
+    run(Steps(Layer(quantized=quantized), by_vllm, death, asks=manager_knows))

@@ -70,12 +70,12 @@ class FaultA2AManager(All2AllManagerBase):
     def query_fault(self) -> torch.Tensor:
         """A bool scalar: is a rank gone, or a choice lost, that was not acknowledged? Does not block.
 
-        With ``FAULT_A2A_ON_FAULT=serve`` what the group has agreed on is acknowledged here, so the steps after it are
-        served by the experts that are left, and so is the step in which it happened; ``outcome`` has been exact.
+        With ``FAULT_A2A_ON_FAULT=serve`` it is never true: what happened is acknowledged here, the step in which it
+        happened is served with what it had, and the steps after it by the experts that are left. A rank that may not go
+        on without the others learns so from its next layer, which raises.
         """
-        buffers = self._made()
-        fault = buffers.has_fault()
-        if fault and settings.ON_FAULT_SETTING.value() == "serve" and not buffers.is_changing():
+        fault = self._made().has_fault()
+        if fault and settings.ON_FAULT_SETTING.value() == "serve":
             self.acknowledge_fault()
             fault = False
         return torch.tensor(fault)
@@ -89,11 +89,13 @@ class FaultA2AManager(All2AllManagerBase):
             tell("fault_acknowledged", rank=buffers.rank, epoch=epoch, gone=newly_gone)
 
     def clean_buffers(self) -> None:
-        """vLLM's recovery: the fault is dealt with, so it is acknowledged.
+        """vLLM's recovery: rounds that an exception left open are closed, and the fault is acknowledged.
 
-        There is nothing to clean: words carry their round and epoch, so rows of a step that failed are not taken later.
+        Blocks as ``Buffer.abandon`` does if there are such rounds. Rows need no cleaning: words carry their round and
+        epoch, so those of a step that failed are not taken later.
         """
         if FaultA2AManager._buffers is not None:
+            FaultA2AManager._buffers.abandon_open()
             self.acknowledge_fault()
 
     def update_mask(self, rank: int, masked: bool) -> None:
@@ -141,8 +143,10 @@ class FaultA2AManager(All2AllManagerBase):
         FaultA2AManager._ep_size = self.world_size
 
     def _check_size(self) -> None:
-        num_ranks = self._made().num_ranks
-        if self.world_size > num_ranks:
+        buffers = self._made()
+        back = [rank for rank in buffers.left_out if rank < self.world_size]
+        if self.world_size > buffers.num_ranks or back:
+            num_ranks = buffers.num_ranks - len(buffers.left_out)
             raise NotImplementedError(
                 f"the group has {num_ranks} ranks and cannot grow to {self.world_size}; restart it with that many"
             )
