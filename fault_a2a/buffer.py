@@ -21,6 +21,7 @@ from fault_a2a.checks import (
     check_tensor,
     check_tokens,
 )
+from fault_a2a.collectives import Collectives
 from fault_a2a.config import MAX_MS, MIN_BEATS_PER_SILENCE, Config
 from fault_a2a.core_fields import core_fields
 from fault_a2a.core_status import error_of
@@ -33,7 +34,7 @@ from fault_a2a.planted_faults import PlantedFaults
 from fault_a2a.rounds import Handle, Outcome, Received, RecvHook, SourceStats
 
 
-class Buffer(PlantedFaults):
+class Buffer(Collectives, PlantedFaults):
     """One rank's end of the all-to-all.
 
     Construction is collective and blocks, at most ``config.construct_timeout_ms``. Everything else is per rank.

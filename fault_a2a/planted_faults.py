@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fault_a2a._core import core
-from fault_a2a.core_fields import phases
+from fault_a2a.core_fields import collective_phases, phases
 
 
 class PlantedFaults:
@@ -16,12 +16,15 @@ class PlantedFaults:
     def arm(self, phase: str, round_number: int, action: str, value: int = 0, skip: int = 0) -> None:
         """Test build: ``action`` (kill, stop, sleep_us, crash) when this rank reaches ``phase`` of ``round_number``.
 
+        ``round_number``: of a phase of a collective, that collective's number.
+
         ``skip``: how often it passes the phase first; a stream comes to some of them once a chunk.
         """
         _need_hooks()
-        if phase not in phases():
-            raise ValueError(f"phase is {phase!r}; give one of {', '.join(phases())}")
-        self.core.arm(phases().index(phase), round_number, action, value, skip)
+        known = [*phases(), *collective_phases()]
+        if phase not in known:
+            raise ValueError(f"phase is {phase!r}; give one of {', '.join(known)}")
+        self.core.arm(core.phases().index(phase), round_number, action, value, skip)
 
     def cut(self, rank: int) -> None:
         """Test build: from now on everything between this rank and ``rank`` is lost, on this side."""
