@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fault_a2a.config import MAX_MS
+from fault_a2a.placement import MAX_NUM_RANKS
 
 ON_FAULT = ("report", "serve")
 
@@ -52,7 +53,11 @@ ON_FAULT_SETTING = Setting(
     choices=ON_FAULT,
 )
 METRICS_PORT = Setting(
-    "FAULT_A2A_METRICS_PORT", "0", "port + rank serves Prometheus metrics of that rank; 0: none", 0, 65535
+    "FAULT_A2A_METRICS_PORT",
+    "0",
+    "port + rank serves Prometheus metrics of that rank; 0: none",
+    least=0,
+    most=65535 - (MAX_NUM_RANKS - 1),
 )
 # Construction waits for the slowest rank's weights, so its default is far above the library's.
 TIMEOUTS = {
