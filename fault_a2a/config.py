@@ -15,6 +15,7 @@ REDUCES = ("owner", "expert")
 WEIGHTS_AT = ("owner", "expert")
 ON_LOST = ("drop", "renormalize")
 AGREEMENTS = ("windows", "store")
+BACKENDS = ("cpu", "cuda-host")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # What rows may travel as, besides `dtype`: one byte an element, and scales.
 DISPATCH_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.uint8)
@@ -49,13 +50,15 @@ _WHOLE_NUMBERS = {
     "num_spare_partitions": (0, MAX_SPARE_PARTITIONS),
 }
 # How long each rank is ready to wait for the others is its own business.
-_MAY_DIFFER = ("construct_timeout_ms",)
+# So is what its kernels run on: they put the same bytes on the wire.
+_MAY_DIFFER = ("construct_timeout_ms", "backend")
 _CHOICES = {
     "recv_format": RECV_FORMATS,
     "reduce": REDUCES,
     "on_lost": ON_LOST,
     "weights_at": WEIGHTS_AT,
     "agreement": AGREEMENTS,
+    "backend": BACKENDS,
 }
 
 
@@ -102,6 +105,8 @@ class Config:
         num_scales: scales of a row; ``None`` for what blocks of 1 x 128 make.
         weights_at: where ``topk_weights`` are applied. ``"owner"``: in the sum; ``"expert"``: by the caller's experts,
             who find them in ``recv.weights``, and the sum leaves them out.
+        backend: what runs this rank's kernels; ranks of a group may differ. ``"cpu"``; ``"cuda-host"``, for tests only:
+            the sources of the CUDA kernels, run thread by thread on the CPU, for batches that fit into one chunk.
 
     Raises:
         TypeError: a field has the wrong type. The message names the field and what to pass.
@@ -131,6 +136,7 @@ class Config:
     scale_dtype: torch.dtype = torch.float32
     num_scales: int | None = None
     weights_at: str = "owner"
+    backend: str = "cpu"
 
     def __post_init__(self) -> None:
         for name, (least, most) in _WHOLE_NUMBERS.items():
@@ -240,6 +246,12 @@ class Config:
             raise ValueError(
                 f"num_chunk_tokens: {self.chunk_tokens} tokens of {self.num_topk} choices are more rows than a signal "
                 f"can count; pass at most {MAX_NUM_ROWS_PER_CHUNK // self.num_topk}."
+            )
+        if self.backend != "cpu" and self.chunk_tokens < self.num_max_tokens_per_rank:
+            raise ValueError(
+                f"backend: {self.backend!r} sends every batch in one chunk, and num_chunk_tokens is "
+                f"{self.chunk_tokens} of {self.num_max_tokens_per_rank} tokens; pass num_chunk_tokens="
+                f"{self.num_max_tokens_per_rank}, or backend='cpu'."
             )
         if self.silence_ms < MIN_BEATS_PER_SILENCE * self.beat_ms:
             raise ValueError(

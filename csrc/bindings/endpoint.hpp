@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "kernels/cpu/context.hpp"
+#include "kernels/cuda/twin/rank.hpp"
 #include "membership/pulse.hpp"
 
 namespace fa2a {
@@ -28,6 +29,8 @@ struct EndpointConfig {
   bool agree_by_windows = true;
   u64 first_round = 0;  // tests start just before a field's end
   u64 first_epoch = 0;
+  bool cuda_host = false;  // the CUDA kernels, run by their twin on this host
+  twin::TwinOptions twin;
   bool poison = false;  // fill fresh partitions with NaN, and their signal words with stale signals
 };
 
@@ -77,7 +80,8 @@ class Endpoint {
   std::unique_ptr<RankState> state_;
   std::unique_ptr<Pulse> pulse_;
   Context context_;
-  std::mutex calls_;  // one kernel at a time
+  std::unique_ptr<twin::TwinRank> twin_;  // instead of the CPU kernels
+  std::mutex calls_;                      // one kernel at a time
   bool closed_ = false;
   bool crashed_ = false;
 };
