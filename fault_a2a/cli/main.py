@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from fault_a2a._version import __version__
+from fault_a2a.cli import compile as compile_command
 from fault_a2a.cli import doctor
 from fault_a2a.cli.drill import command as drill
 from fault_a2a.cli.drill import options as drill_options
@@ -42,5 +43,11 @@ COMMANDS = (
         "starts a real group of processes, injects real faults, and checks every promise",
         drill_options.add_arguments,
         drill.run,
+    ),
+    (
+        "compile",
+        "compiles every CUDA kernel for given chips, no GPU needed",
+        compile_command.add_arguments,
+        compile_command.run,
     ),
 )
