@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.permuted import Permuted
-from benchmarks.work import Shape
+from .permuted import Permuted
+from .work import Shape
 
 
 class Mpi(Permuted):

@@ -13,11 +13,11 @@ import sys
 import tempfile
 from dataclasses import asdict
 
-from benchmarks.barrier import Barrier, Place
-from benchmarks.machine import ROOT
-from benchmarks.mpi import Mpi
-from benchmarks.teams import Team, TeamFailedError, die_with, serve
-from benchmarks.work import Shape
+from .barrier import Barrier, Place
+from .machine import IMPORT_ROOT, PACKAGE
+from .mpi import Mpi
+from .teams import Team, TeamFailedError, die_with, serve
+from .work import Shape
 
 _START_TIMEOUT_S = 120
 _END_TIMEOUT_S = 5
@@ -39,7 +39,7 @@ class MpiTeam(Team):
             *("mpirun", "--oversubscribe", "--bind-to", "none", "--mca", "pml", "ob1", "--mca", "btl", "self,vader"),
             *("--mca", "btl_vader_single_copy_mechanism", self.make_system.single_copy),
             *(["--allow-run-as-root"] if os.geteuid() == 0 else []),
-            *("-n", str(self.shape.ranks), sys.executable, "-m", "benchmarks.mpi_team"),
+            *("-n", str(self.shape.ranks), sys.executable, "-m", f"{PACKAGE}.mpi_team"),
             *(self.listener.getsockname(), json.dumps(task)),
         ]
         self.starter = subprocess.Popen(
@@ -47,7 +47,7 @@ class MpiTeam(Team):
             stdin=subprocess.DEVNULL,
             stdout=self.words[0],
             stderr=self.words[0],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join([os.environ.get("PYTHONPATH", ""), str(ROOT)])},
+            env={**os.environ, "PYTHONPATH": os.pathsep.join([os.environ.get("PYTHONPATH", ""), str(IMPORT_ROOT)])},
             preexec_fn=_end_with_parent,
         )
 
@@ -107,7 +107,7 @@ def _end_with_parent() -> None:
 
 def main() -> None:
     """One rank, as mpirun starts it."""
-    from benchmarks.peers import PEERS
+    from .peers import PEERS
 
     address, task = sys.argv[1], json.loads(sys.argv[2])
     die_with(os.getppid())

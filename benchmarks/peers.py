@@ -9,9 +9,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from benchmarks.mpi import Mpi, MpiNoCma
-from benchmarks.permuted import PerChoice, Permuted
-from benchmarks.work import Shape
+from .mpi import Mpi, MpiNoCma
+from .permuted import PerChoice, Permuted
+from .work import Shape
 
 _TIMEOUT = datetime.timedelta(seconds=60)
 
@@ -50,3 +50,20 @@ class GlooPerChoice(Gloo, PerChoice):
 
 
 PEERS: dict[str, type[Permuted]] = {"gloo": Gloo, "gloo-per-choice": GlooPerChoice, "mpi": Mpi, "mpi-no-cma": MpiNoCma}
+
+
+def chosen_peers(text: str) -> list[str]:
+    """The peers named in ``text``; ``all`` is every one that this machine can run.
+
+    Raises:
+        ValueError: there is no such peer, or it cannot run here; says what to install.
+    """
+    if text == "all":
+        return [name for name, peer in PEERS.items() if not peer.missing()]
+    names = [name for name in text.split(",") if name]
+    for name in names:
+        if name not in PEERS:
+            raise ValueError(f"--peers: there is no peer {name!r}; give some of {', '.join(PEERS)}")
+        if PEERS[name].missing():
+            raise ValueError(f"--peers: {name}: {PEERS[name].missing()}, or leave it out of --peers")
+    return names

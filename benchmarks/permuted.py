@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch.nn.functional import embedding_bag
 
-from benchmarks.systems import System
-from benchmarks.work import Batch, Shape, expert_factors, scaled
+from .systems import System
+from .work import Batch, Shape, expert_factors, scaled
 
 # A float32 weight is the exact sum of three bfloat16, and embedding_bag wants weights of the rows' type. Rounding the
 # weights to one would be three times as fast, and not the same work.

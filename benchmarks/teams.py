@@ -16,9 +16,9 @@ from typing import IO, Any
 import torch
 import torch.distributed
 
-from benchmarks.barrier import Barrier, Place
-from benchmarks.systems import System
-from benchmarks.work import NUM_BATCHES, Batch, Shape
+from .barrier import Barrier, Place
+from .systems import System
+from .work import NUM_BATCHES, Batch, Shape
 
 END, BUILD, CHECK, SETTLE, SPLIT, WHOLE, JUDGE = range(7)
 _BUILD_TIMEOUT_S = 180

@@ -10,8 +10,8 @@ import sys
 from collections.abc import Sequence
 
 from fault_a2a._version import __version__
+from fault_a2a.cli import bench, doctor
 from fault_a2a.cli import compile as compile_command
-from fault_a2a.cli import doctor
 from fault_a2a.cli.drill import command as drill
 from fault_a2a.cli.drill import options as drill_options
 
@@ -49,5 +49,11 @@ COMMANDS = (
         "compiles every CUDA kernel for given chips, no GPU needed",
         compile_command.add_arguments,
         compile_command.run,
+    ),
+    (
+        "bench",
+        "times dispatch, combine and the pair beside the peers found here, each checked before its time counts",
+        bench.add_arguments,
+        bench.run,
     ),
 )
