@@ -45,9 +45,11 @@ def planted(*bugs: str) -> Iterator[None]:
         core.set_planted_bugs(0)
 
 
-def run_rounds(seed: int, weak: bool, num_ranks: int = 3, num_rounds: int = 6, **extra: object) -> Wrong:
+def run_rounds(
+    seed: int, weak: bool, num_ranks: int = 3, num_rounds: int = 6, num_sms: int | None = None, **extra: object
+) -> Wrong:
     """What went wrong in a few rounds in which nobody fails; also that a call ended with an error."""
-    config = small()
+    config = small(num_sms=num_sms)
     try:
         with VirtualRanks(num_ranks, config, poison=True, twin_seed=seed, twin_weak=weak, **extra) as ranks:
             tallies = run_checked(ranks, Work(config, num_ranks, seed), num_rounds)
@@ -64,8 +66,8 @@ def run_rounds(seed: int, weak: bool, num_ranks: int = 3, num_rounds: int = 6, *
 @pytest.mark.parametrize("weak", [False, True], ids=["strong", "weak"])
 def test_rounds_in_any_order(seed: int, weak: bool) -> None:
     shapes = [(1, 32), (2, 64), (3, 32), (4, 96)]
-    num_blocks, num_threads = shapes[seed % len(shapes)]
-    assert run_rounds(seed, weak, twin_blocks=num_blocks, twin_threads=num_threads) == []
+    num_sms, num_threads = shapes[seed % len(shapes)]
+    assert run_rounds(seed, weak, num_sms=num_sms, twin_threads=num_threads) == []
 
 
 def test_other_blocks_and_threads_than_ranks() -> None:

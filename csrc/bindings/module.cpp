@@ -111,7 +111,7 @@ EndpointConfig config_of(const py::dict& fields) {
   config.agreement_timeout_ms = fields["agreement_timeout_ms"].cast<i64>();
   config.agree_by_windows = fields["agree_by_windows"].cast<bool>();
   config.cuda_host = fields["cuda_host"].cast<bool>();
-  if (fields.contains("twin_blocks")) config.twin.num_blocks = fields["twin_blocks"].cast<i32>();
+  if (const i32 num_sms = fields["num_sms"].cast<i32>(); num_sms > 0) config.twin.num_blocks = num_sms;
   if (fields.contains("twin_threads")) config.twin.num_threads = fields["twin_threads"].cast<i32>();
   if (fields.contains("twin_seed")) config.twin.seed = fields["twin_seed"].cast<u64>();
   if (fields.contains("twin_weak")) config.twin.weak = fields["twin_weak"].cast<bool>();
