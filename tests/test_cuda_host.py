@@ -275,6 +275,30 @@ def test_close_ends_a_wait() -> None:
     assert isinstance(result, ClosedError)
 
 
+def test_a_round_that_is_ended_leaves_nothing_of_the_one_before() -> None:
+    """A replayed graph reads its outputs whatever became of the round: counts are 0, and every choice is lost."""
+    config = small()
+    counts, offsets = torch.full([4], 7, dtype=torch.int32), torch.full([5], 7, dtype=torch.int32)
+    out, lost = torch.ones(6, 64, dtype=torch.bfloat16), torch.zeros(1, dtype=torch.uint8)
+    codes = torch.ones(6, 3, dtype=torch.uint8)
+    work = Work(config, 2)
+    for is_received in (False, True):
+        with VirtualRanks(2, config) as ranks:
+            buffers = ranks.buffers
+            sent = [buffer._dispatch_send(*work.tokens(buffer.rank, 1), None) for buffer in buffers[: 1 + is_received]]
+            core_of_0, recv_x = buffers[0].core, sent[0][0][0]
+            threading.Timer(0.3, buffers[0].close).start()
+            pointers = (counts.data_ptr(), offsets.data_ptr())
+            status = core_of_0.dispatch_receive(1, recv_x.data_ptr(), 0, 0, *pointers)[0]
+            if is_received:
+                assert status == "ok" and core_of_0.combine_send(recv_x.data_ptr(), 1) == "ok"
+                status = core_of_0.combine_receive(1, out.data_ptr(), codes.data_ptr(), lost.data_ptr())
+            assert status == "closed"
+        if not is_received:
+            assert counts.tolist() == [0] * 4 and offsets.tolist() == [0] * 5
+    assert (codes == 2).all() and lost.item() == 1 and not out.any()
+
+
 def test_bad_experts_are_refused_before_anything_is_sent() -> None:
     config = small()
     with VirtualRanks(1, config) as ranks:

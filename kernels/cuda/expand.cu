@@ -201,6 +201,15 @@ FA2A_DEVICE void note_sources(DeviceRank& r, DeviceRound& round) {
   }
 }
 
+// A round that never began here, or that the host ended: a replayed graph goes on with its experts all the same, and
+// must not find the counts of the replay before.
+FA2A_DEVICE void publish_nothing(const DeviceRank& r, const ReceivedTensors& out) {
+  for (i32 expert = thread_idx(); expert <= r.num_local_experts; expert += num_threads()) {
+    out.offsets[expert] = 0;
+    if (expert < r.num_local_experts) out.num_tokens_per_expert[expert] = 0;
+  }
+}
+
 struct ExpandShared {
   u32 is_last;
   u32 num_changed;
@@ -211,6 +220,7 @@ FA2A_KERNEL dispatch_expand(DeviceRank* rank, ReceivedTensors out, const DeviceH
   DeviceRank& r = *rank;
   ExpandShared& shared = block_shared<ExpandShared>();
   DeviceRound* found = round_at(r, *handle, Step::collected);
+  if (found == nullptr && block_idx() == 0) publish_nothing(r, out);
   if (found == nullptr) return;
   DeviceRound& round = *found;
   copy_rows(r, round, out);

@@ -60,6 +60,7 @@ struct ReduceTensors {
   u8* out;    // [num_tokens, hidden]
   u8* codes;  // [num_tokens, num_topk]
   u8* lost;   // one bool
+  i32 num_tokens;
 };
 
 struct ReduceShared {
@@ -161,12 +162,26 @@ FA2A_DEVICE void count_lost(const DeviceRank& r, DeviceRound& round, const Reduc
   *to.lost = num_lost > 0 ? 1 : 0;
 }
 
+// A round that never began here, or that the host ended: nothing came back, and a replayed graph says so instead of
+// handing on what the replay before it has left.
+FA2A_DEVICE void lose_everything(const DeviceRank& r, const ReduceTensors& to) {
+  const u64 first = static_cast<u64>(block_idx()) * static_cast<u64>(num_threads()) + static_cast<u64>(thread_idx());
+  const u64 stride = static_cast<u64>(num_blocks()) * static_cast<u64>(num_threads());
+  const auto num_tokens = static_cast<u64>(to.num_tokens);
+  for (u64 i = first; i < num_tokens * static_cast<u64>(r.shape.num_topk); i += stride)
+    to.codes[i] = static_cast<u8>(Outcome::lost);
+  for (u64 at = first * sizeof(Vector16); at < num_tokens * static_cast<u64>(r.shape.hidden_bytes);
+       at += stride * sizeof(Vector16))
+    *reinterpret_cast<Vector16*>(to.out + at) = Vector16{};
+  if (first == 0) *to.lost = num_tokens > 0 ? 1 : 0;
+}
+
 // Sums. Any number of blocks.
 FA2A_KERNEL combine_reduce(DeviceRank* rank, ReduceTensors to, const DeviceHandle* handle) {
   DeviceRank& r = *rank;
   ReduceShared& shared = block_shared<ReduceShared>();
   DeviceRound* found = round_at(r, *handle, Step::gathered);
-  if (found == nullptr) return;
+  if (found == nullptr) return lose_everything(r, to);
   DeviceRound& round = *found;
   if (block_idx() == 0 && thread_idx() == 0) point(r.host, Point::combine_reduce, round.round);
   for (i32 token = block_idx(); token < round.num_tokens; token += num_blocks())

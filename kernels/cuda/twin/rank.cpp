@@ -191,7 +191,7 @@ CombineResult TwinRank::gather(u64 round, const ReduceArgs* args) {
   DeviceHandle& handle = device_->handles[round % kNumParities];
   launch(1, [&] { device::combine_gather(&device_->rank, {args == nullptr}, &handle); });
   if (args != nullptr) {
-    const device::ReduceTensors to{args->out, args->codes, args->lost};
+    const device::ReduceTensors to{args->out, args->codes, args->lost, c_.rounds[round % kNumParities].num_tokens};
     launch(options_.num_blocks, [&] { device::combine_reduce(&device_->rank, to, &handle); });
   }
   after_call(round);
