@@ -21,7 +21,8 @@ enum class Status : u32 {
   not_received,
   evicted,
   closed,
-  quorum_lost
+  quorum_lost,
+  other_bytes
 };
 
 // How rows look on their way out. Scales, if there are any, stand behind the payload of their row.

@@ -68,6 +68,18 @@ struct OpenRound {
   i32 num_rows_to(i32 dst) const { return rows_to[static_cast<size_t>(dst) + 1] - rows_to[static_cast<size_t>(dst)]; }
 };
 
+// A small collective, from its call to its return; docs/protocol.md, section 11.
+struct Collective {
+  bool is_open = false;
+  u64 number = 0;
+  u64 version = 0;  // of the sets that I said
+  bool is_contributed = false;
+  bool is_frozen = false;
+  RankSet has;  // whose contributions I have
+  std::vector<u8> bytes;
+  std::vector<u16> partitions;  // of the view it began in: nobody joins in the midst of it
+};
+
 // What a waiting rank has last seen of a peer's progress, and when it changed.
 struct StallWatch {
   u64 progress = 0;
@@ -92,6 +104,8 @@ struct Context {
   Fabric* fabric = nullptr;
   Wire* wire = nullptr;
   OpenRound rounds[kNumParities];
+  Collective collective;
+  u64 next_collective = 0;
   Stats stats;
   std::vector<StallWatch> stalls;    // per rank
   std::vector<SourceStats> sources;  // per rank

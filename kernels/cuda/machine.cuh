@@ -76,6 +76,7 @@ class DeviceMachine {
     const u64 progress = load_acquire(word_at(inbound(r_, r_.rounds[round_ % kNumParities], peer), r_.at.progress));
     const auto phase = static_cast<Phase>(progress_field::Phase::unpack(progress));
     bool owed = phase == Phase::dispatch_wait && rounds_ahead(progress, load_relaxed(&r_.next_round)) == 0;
+    owed |= phase == Phase::collective && rounds_ahead(progress, load_relaxed(&r_.next_collective)) == 0;
     for (const DeviceRound& open : r_.rounds) {
       const auto step = static_cast<Step>(load_relaxed(&open.step));
       const bool unanswered = step != Step::closed && step < Step::answered;

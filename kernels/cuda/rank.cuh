@@ -79,6 +79,7 @@ struct DeviceRank {
   SourceStats* sources;      // [num_ranks]
   Stats stats;
   u64 next_round;            // only a round that opened moves it on: rounds are caught up, never jumped
+  u64 next_collective;  // small collectives run on the host, and are numbered there
   u64 progress_tick;
   u64 last_tick_ns;
   u64 looking;               // rank + 1 of the one whose waiting thread may show the watcher its word

@@ -89,6 +89,8 @@ void TwinRank::launch(i32 num_blocks, Kernel kernel) {
 // What the host may have changed between two calls.
 void TwinRank::before_call() {
   device_->rank.tick_ns = c_.tick_ns;
+  device_->rank.next_collective = c_.next_collective;
+  device_->rank.progress_tick = c_.progress_tick;
   for (i32 dst = 0; dst < c_.shape.num_ranks; ++dst) {
     u8* to = c_.fabric->outbound(dst);
 #if defined(FA2A_TEST_HOOKS) && FA2A_TEST_HOOKS
@@ -110,7 +112,9 @@ void TwinRank::after_call(u64 round) {
   to.epoch = from.epoch;
   to.active = from.active;
   to.taken = from.taken;
+  to.partitions.assign(from.partitions, from.partitions + c_.shape.num_ranks);
   to.num_tokens = from.num_tokens;
+  c_.progress_tick = device_->rank.progress_tick;
   c_.next_round = device_->rank.next_round;
   c_.stats = device_->rank.stats;
   for (size_t peer = 0; peer < c_.sources.size(); ++peer) {
