@@ -266,6 +266,26 @@ def test_abandoned(received: bool) -> None:
     assert sum(tally.lost_by_round[3] + tally.lost_by_round[4] for tally in tallies) == 0
 
 
+def test_small_collectives_between_rounds() -> None:
+    """They run on the host, and leave what the kernels show of this rank as it should be."""
+    config = small()
+    work = Work(config, 3, 9)
+    with VirtualRanks(3, config, backends=BOTH, poison=True) as ranks:
+        ranks.buffers[1].arm("collective.begin", 1, "sleep_us", 200_000)
+
+        def one(buffer: rig.Buffer) -> Tally:
+            checker = Checker(buffer, work)
+            for number in range(3):
+                checker.run(1)
+                largest, _ = buffer.all_reduce(torch.tensor([buffer.rank + number]), "max")
+                assert largest.item() == number + 2
+            return checker.tally
+
+        tallies = raised(ranks.run(one))
+        evidence = [found for buffer in ranks.buffers for found in buffer.evidence()]
+    assert scenarios.corrupt(tallies) == [] and not evidence and all(tally.rounds == 3 for tally in tallies)
+
+
 def test_close_ends_a_wait() -> None:
     """Rank 1 never comes to the round; rank 0 is closed from another thread, and leaves its wait."""
     config = small()
