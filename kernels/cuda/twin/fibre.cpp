@@ -14,7 +14,7 @@ extern "C" void __asan_unpoison_memory_region(void const volatile* at, unsigned 
 #define FA2A_TELL_SANITIZER 1
 #endif
 
-#if defined(__x86_64__)
+#if defined(FA2A_OWN_SWITCH)
 // void fa2a_switch_stack(void** leave, void* go_on): keeps what a callee must keep, and nothing else. swapcontext()
 // would also save the signal mask, two system calls a switch.
 extern "C" void fa2a_switch_stack(void** leave, void* go_on);
@@ -55,7 +55,7 @@ void Fibre::prepare(u8* stack, u64 num_bytes, void (*enter)()) {
   // The fibre before it never returned from its frames, whose edges are still marked.
   __asan_unpoison_memory_region(stack, num_bytes);
 #endif
-#if defined(__x86_64__)
+#if defined(FA2A_OWN_SWITCH)
   // As if `enter` had just been called: its return address, which it never uses, stands 8 bytes off a multiple of 16.
   auto** top = reinterpret_cast<void**>((reinterpret_cast<u64>(stack) + num_bytes) & ~15ull);
   *--top = nullptr;
@@ -77,7 +77,7 @@ void Fibre::switch_from(Fibre& from, bool last) {
 #else
   static_cast<void>(last);
 #endif
-#if defined(__x86_64__)
+#if defined(FA2A_OWN_SWITCH)
   fa2a_switch_stack(&from.stack_pointer_, stack_pointer_);
 #else
   swapcontext(&from.context_, &context_);

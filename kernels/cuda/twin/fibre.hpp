@@ -3,7 +3,9 @@
 
 #include "protocol/compiler.hpp"
 
-#if !defined(__x86_64__)
+#if defined(__x86_64__) && !defined(FA2A_PORTABLE_FIBRES)
+#define FA2A_OWN_SWITCH 1
+#else
 #include <ucontext.h>
 #endif
 
@@ -21,7 +23,7 @@ class Fibre {
   void arrived(Fibre& from);
 
  private:
-#if defined(__x86_64__)
+#if defined(FA2A_OWN_SWITCH)
   void* stack_pointer_ = nullptr;
 #else
   ucontext_t context_;
