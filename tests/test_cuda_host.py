@@ -133,6 +133,7 @@ def all_on(*backends: str) -> Iterator[None]:
 GUARDS = {
     **dict.fromkeys(("consent", "recheck", "hold", "later_declined", "round_compare", "third_round"), ("cuda-host",)),
     **dict.fromkeys(("tick", "mutual_wait", "incarnation", "view_once", "evicted_is_suspect"), ("cuda-host",)),
+    "release_word": ("cuda-host",),
     # Liars are CPU ranks: rank 1.
     **dict.fromkeys(("epoch_compare", "claims_met", "combine_count", "one_answer"), BOTH),
 }
@@ -153,6 +154,16 @@ def test_guard(guard: str) -> None:
 def test_no_number_of_a_liar_is_believed(lie: str) -> None:
     with all_on(*BOTH):
         assert scenarios.lying(lie) == []
+
+
+@pytest.mark.parametrize(("guards", "lie"), [(("clamp_count", "check_index"), "count"), (("check_index",), "expert")])
+def test_a_number_that_is_believed_does_harm(guards: tuple, lie: str) -> None:
+    assert exit_code_of(f"believed({guards!r}, {lie!r})") != 0
+
+
+def believed(guards: tuple[str, ...], lie: str) -> Wrong:
+    with all_on(*BOTH), without(*guards):
+        return scenarios.lying(lie)
 
 
 # --- formats
