@@ -229,10 +229,14 @@ BACKENDS = {"cpu": ("cpu",), "cuda-host": ("cuda-host",), "mixed": ("cuda-host",
 GroupOf = Callable[[int, Config], VirtualRanks]
 
 
-@pytest.fixture(params=BACKENDS)
+@pytest.fixture
 def group_of(request: pytest.FixtureRequest) -> GroupOf:
     """Makes the group of a test: all on the CPU, all on the CUDA kernels' twin, or the two in turn."""
     return lambda num_ranks, config: VirtualRanks(num_ranks, config, backends=BACKENDS[request.param], poison=True)
+
+
+on_each = pytest.mark.parametrize("group_of", ["cpu", "cuda-host"], indirect=True)
+on_each_and_mixed = pytest.mark.parametrize("group_of", list(BACKENDS), indirect=True)
 
 
 # --- the grid
@@ -258,6 +262,7 @@ def name_of(value: object) -> str:
     return "-".join(str(part).removeprefix("torch.") for part in value) if isinstance(value, tuple) else str(value)
 
 
+@on_each_and_mixed
 @pytest.mark.parametrize("formats", FORMATS, ids=name_of)
 def test_all_alive(group_of: GroupOf, formats: tuple) -> None:
     config = config_of(formats)
@@ -266,6 +271,7 @@ def test_all_alive(group_of: GroupOf, formats: tuple) -> None:
     assert sum(tally.lost + tally.unroutable for tally in tallies) == 0 < sum(tally.choices for tally in tallies)
 
 
+@on_each
 @pytest.mark.parametrize("formats", FORMATS, ids=name_of)
 def test_one_dead_before(group_of: GroupOf, formats: tuple) -> None:
     config = config_of(formats)
@@ -275,6 +281,7 @@ def test_one_dead_before(group_of: GroupOf, formats: tuple) -> None:
     assert sum(tally.unroutable for tally in tallies) > 0 == sum(tally.lost for tally in tallies)
 
 
+@on_each_and_mixed
 @pytest.mark.parametrize(("formats", "phase"), list(zip(itertools.cycle(FORMATS), phases(), strict=False)), ids=name_of)
 def test_one_dies_inside_a_round(group_of: GroupOf, formats: tuple, phase: str) -> None:
     """Each phase with another format."""
@@ -284,6 +291,7 @@ def test_one_dies_inside_a_round(group_of: GroupOf, formats: tuple, phase: str) 
     assert sum(tally.unroutable for tally in tallies) > 0
 
 
+@on_each_and_mixed
 @pytest.mark.parametrize("phase", phases())
 def test_rows_and_outcome_at_every_phase(group_of: GroupOf, phase: str) -> None:
     """Packed, four ranks, so that half of the group hears the victim's signal and half does not."""
@@ -333,6 +341,7 @@ SHAPES = {
 }
 
 
+@on_each
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 @pytest.mark.parametrize("recv_format", ["batched", "packed"])
 @pytest.mark.parametrize("reduce", ["owner", "expert"])
@@ -351,6 +360,7 @@ def routings_for(config: Config, shape: Shape) -> tuple[Routing, ...]:
     return ROUTINGS if has_experts else (nobody, skewed, uniform)
 
 
+@on_each
 @pytest.mark.parametrize("name", ["scattered map, rank 1 has none", "seven ranks", "no tokens on some"])
 @pytest.mark.parametrize("recv_format", ["batched", "packed"])
 def test_shapes_with_a_death(group_of: GroupOf, name: str, recv_format: str) -> None:
@@ -361,6 +371,7 @@ def test_shapes_with_a_death(group_of: GroupOf, name: str, recv_format: str) -> 
         conform(ranks, work, victim=shape.num_ranks - 1, phase="dispatch.half_signalled")
 
 
+@on_each
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("reduce", ["owner", "expert"])
 def test_product_and_sum_are_rounded_apart(group_of: GroupOf, dtype: torch.dtype, reduce: str) -> None:
