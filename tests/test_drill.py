@@ -69,7 +69,7 @@ def come_true(condition, timeout_s=20):
 @pytest.fixture(scope="module")
 def answers():
     before = names_in_shared_memory()
-    answers = run_drills([[*SMALL, *drill] for drill in DRILLS.values()])
+    answers = run_drills([[*SMALL, *drill] for drill in DRILLS.values()], timeout_s=240)
     assert come_true(lambda: names_in_shared_memory() <= before)
     return dict(zip(DRILLS, answers, strict=True))
 
