@@ -89,6 +89,7 @@ void TwinRank::launch(i32 num_blocks, Kernel kernel) {
 // What the host may have changed between two calls.
 void TwinRank::before_call() {
   device_->rank.tick_ns = c_.tick_ns;
+  device_->rank.next_round = c_.next_round;  // of a newcomer, told after it was set up
   device_->rank.next_collective = c_.next_collective;
   device_->rank.progress_tick = c_.progress_tick;
   for (i32 dst = 0; dst < c_.shape.num_ranks; ++dst) {
