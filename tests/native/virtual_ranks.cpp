@@ -41,7 +41,7 @@ struct Plan {
 
 EndpointConfig config_of(i32 rank, const Plan& plan) {
   EndpointConfig config;
-  config.shape.num_ranks = kNumRanks;
+  config.shape.num_ranks = config.num_founders = kNumRanks;
   config.shape.num_experts = kNumExperts;
   config.shape.num_topk = kNumTopk;
   config.shape.num_max_tokens = kNumMaxTokens;
