@@ -182,7 +182,7 @@ def nothing_stops_or_prints(source: Source) -> Iterator[str]:
 
 WAIT_FILE = "csrc/protocol/wait.hpp"
 # How a machine rests is its own business, and stands in one file a machine; when it rests is decided in the one wait.
-MACHINE_FILES = ("kernels/cpu/machine.",)
+MACHINE_FILES = ("kernels/cpu/machine.", "kernels/cuda/machine.", "kernels/cuda/twin/idle.")
 _RESTS = re.compile(r"(?:\.|->)\s*rest\s*\(")
 _SLEEPS = re.compile(
     r"(?:\.|->)\s*(?:sleep|listen)\s*\(|\b(?:futex_wait\w*|u?sleep|nanosleep|sleep_for|sched_yield|__nanosleep)\s*\("

@@ -9,6 +9,7 @@
 
 #include "kernels/cpu/collective.hpp"
 #include "kernels/cpu/context.hpp"
+#include "kernels/cuda/twin/rank.hpp"
 #include "membership/pulse.hpp"
 
 namespace fa2a {
@@ -31,6 +32,8 @@ struct EndpointConfig {
   bool agree_by_windows = true;
   u64 first_round = 0;  // tests start just before a field's end
   u64 first_epoch = 0;
+  bool cuda_host = false;  // the CUDA kernels, run by their twin on this host
+  twin::TwinOptions twin;
   bool poison = false;  // fill fresh partitions with NaN, and their signal words with stale signals
 };
 
@@ -110,7 +113,8 @@ class Endpoint : private Doors {
   std::unique_ptr<RankState> state_;
   std::unique_ptr<Pulse> pulse_;
   Context context_;
-  std::mutex calls_;  // one kernel at a time
+  std::unique_ptr<twin::TwinRank> twin_;  // instead of the CPU kernels
+  std::mutex calls_;                      // one kernel at a time
   bool closed_ = false;
   bool crashed_ = false;
   // Of a member, for whom a partition is ready; of a newcomer, which members it reaches and which know of it.

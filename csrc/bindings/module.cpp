@@ -141,6 +141,11 @@ EndpointConfig config_of(const py::dict& fields) {
   config.settle_ms = fields["settle_ms"].cast<i64>();
   config.agreement_timeout_ms = fields["agreement_timeout_ms"].cast<i64>();
   config.agree_by_windows = fields["agree_by_windows"].cast<bool>();
+  config.cuda_host = fields["cuda_host"].cast<bool>();
+  if (const i32 num_sms = fields["num_sms"].cast<i32>(); num_sms > 0) config.twin.num_blocks = num_sms;
+  if (fields.contains("twin_threads")) config.twin.num_threads = fields["twin_threads"].cast<i32>();
+  if (fields.contains("twin_seed")) config.twin.seed = fields["twin_seed"].cast<u64>();
+  if (fields.contains("twin_weak")) config.twin.weak = fields["twin_weak"].cast<bool>();
   config.num_founders = fields.contains("num_founders") ? fields["num_founders"].cast<i32>() : config.shape.num_ranks;
   if (fields.contains("first_round")) config.first_round = fields["first_round"].cast<u64>();
   if (fields.contains("first_epoch")) config.first_epoch = fields["first_epoch"].cast<u64>();

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
@@ -41,16 +43,19 @@ class VirtualRanks:
     Args:
         num_ranks: how many.
         config: of every rank.
+        backends: who runs the kernels of each rank, in turn; ``None``: as ``config`` says.
         extra: fields for the native core that no Config has, such as ``first_round``, ``first_epoch``, ``poison``.
 
     ``run(work)`` calls ``work(buffer)`` on every rank's thread and returns what each returned or raised.
     """
 
-    def __init__(self, num_ranks: int, config: Config, **extra: Any) -> None:
+    def __init__(self, num_ranks: int, config: Config, *, backends: Sequence[str] | None = None, **extra: Any) -> None:
         store, fabric = dist.HashStore(), LocalFabric(extra)
         groups = [Group(store, rank, num_ranks, fabric=fabric) for rank in range(num_ranks)]
         self.config = config
-        self.buffers: list[Buffer] = run_threads([partial(Buffer, group, config) for group in groups])
+        turns = itertools.cycle(backends or [config.backend])
+        configs = [dataclasses.replace(config, backend=backend) for backend, _ in zip(turns, groups, strict=False)]
+        self.buffers: list[Buffer] = run_threads(list(map(partial, itertools.repeat(Buffer), groups, configs)))
 
     def run(self, work: Callable[[Buffer], T], ranks: list[int] | None = None) -> list[Any]:
         chosen = self.buffers if ranks is None else [self.buffers[rank] for rank in ranks]

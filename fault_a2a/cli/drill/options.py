@@ -25,6 +25,7 @@ DTYPES = {
     "fp16": "float16",
     "float16": "float16",
 }
+_BACKENDS = ("cpu", "cuda-host")
 _COMPUTE = re.compile(r"(?P<least>\d+)(-(?P<most>\d+))?", re.ASCII)
 _LATER = {
     "repair": "repairing a step from replicas",
@@ -68,9 +69,10 @@ class Drill:
     text: str | None = None
     faults: tuple[Fault, ...] = ()
     guards_off: tuple[str, ...] = ()
+    backends: tuple[str, ...] = ("cpu",)  # of the ranks, in turn
 
-    def config(self) -> Config:
-        """The group's ``Config``; a number that does not fit is a ``ValueError`` that names the field."""
+    def config(self, rank: int = 0) -> Config:
+        """The ``Config`` of one rank; a number that does not fit is a ``ValueError`` that names the field."""
         import torch
 
         from fault_a2a.config import Config
@@ -85,6 +87,7 @@ class Drill:
             recv_format=self.recv_format,
             reduce=self.reduce,
             on_lost=self.on_lost,
+            backend=self.backends[rank % len(self.backends)],
             **{name: getattr(self, name) for name in _TIMEOUTS},
         )
 
@@ -137,7 +140,12 @@ def add_arguments(parser: LateHelpParser) -> None:
         "--chunk-tokens", type=int, metavar="N", help="batches of more tokens travel as streams of chunks of N"
     )
     size.add_argument("--dtype", choices=sorted(DTYPES), default="bf16", help="of the rows (%(default)s)")
-    size.add_argument("--backend", default="cpu", help="who runs the kernels; only cpu in this release (%(default)s)")
+    size.add_argument(
+        "--backend",
+        default="cpu",
+        metavar="NAME[,NAME]",
+        help="who runs the kernels, the ranks in turn: cpu, or for tests cuda-host: CUDA's, on a CPU (%(default)s)",
+    )
     size.add_argument("--text", metavar="FILE", help="where the tokens come from (the project's README)")
     size.add_argument("--seed", type=int, default=0, metavar="N", help="of all that is random (%(default)s)")
     size.add_argument("--recv-format", choices=("batched", "packed"), default="batched", help="(%(default)s)")
@@ -172,9 +180,13 @@ def read_drill(args: argparse.Namespace) -> Drill:
     for name, what in _LATER.items():
         if getattr(args, name) is not None:
             raise ValueError(f"--{name}: {what} comes with a later release; leave the option out until then.")
-    for backend in args.backend.split(","):
-        if backend != "cpu":
-            raise ValueError(f"--backend {args.backend}: kernels for {backend!r} come with a later release; pass cpu.")
+    backends = tuple(args.backend.split(","))
+    for backend in backends:
+        if backend not in _BACKENDS:
+            raise ValueError(
+                f"--backend {args.backend}: kernels for {backend!r} come with a later release; "
+                f"pass {' or '.join(_BACKENDS)}."
+            )
     for name, least in (("ranks", 1), ("steps", 1), ("tokens", 0)):
         if getattr(args, name) < least:
             raise ValueError(f"--{name} {getattr(args, name)}: pass at least {least}.")
@@ -185,9 +197,11 @@ def read_drill(args: argparse.Namespace) -> Drill:
         compute_us=_read_compute(args.compute_us),
         faults=tuple(faults),
         guards_off=tuple(args.without_guard),
+        backends=backends,
         **{name: getattr(args, name) for name in _PLAIN},
     )
-    drill.config().placement_for(drill.ranks)  # sizes that do not fit are refused here, not by eight processes
+    for rank in range(drill.ranks):  # sizes that do not fit are refused here, not by eight processes
+        drill.config(rank).placement_for(drill.ranks)
     return drill
 
 

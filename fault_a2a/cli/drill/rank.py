@@ -118,7 +118,7 @@ class DrillRank:
             names = core.guard_names()
             core.set_guards_off(sum(1 << names.index(name) for name in self.drill.guards_off))
         group = fault_a2a.Group(store, rank, self.drill.ranks, name=GROUP_NAME)
-        self.buffer = Buffer(group, self.drill.config(), join=joins)
+        self.buffer = Buffer(group, self.drill.config(self.rank), join=joins)
         self._num_evidence_told = 0
         self._num_views_told = 0
         self._views: list[tuple[View, int]] = []
