@@ -3,6 +3,7 @@
 #   make drill    eight processes, one of them killed in the middle of an all-to-all
 #   make test     the test suite (ARGS="-k tidy" goes to pytest; drill and prove take ARGS too)
 #   make prove    the long runs behind docs/measured.md
+#   make simulate  seeded schedules of whole groups, as many as two minutes allow (ARGS="--minutes 60")
 #   make lint     what a change is checked for;  make format  mends what can be mended
 #   make native   the native tests without Python
 #   make clean    forgets the build;  make distclean  forgets $(VENV) too
@@ -13,7 +14,7 @@ PY := $(VENV)/bin/python
 STAMPS := $(VENV)/stamps
 CPP_FILES = $(shell find csrc kernels tests/native -name '*.[ch]pp' -o -name '*.cu' 2>/dev/null)
 
-.PHONY: drill test prove lint lint-python lint-types lint-cpp format native build clean distclean
+.PHONY: drill test prove simulate lint lint-python lint-types lint-cpp format native build clean distclean
 .DELETE_ON_ERROR:
 
 drill: build
@@ -24,6 +25,9 @@ test: build
 
 prove: build
 	$(PY) -m tests.prove $(ARGS)
+
+simulate: $(STAMPS)/tools
+	$(PY) -m tests.simulate $(ARGS)
 
 lint: lint-python lint-types lint-cpp
 
