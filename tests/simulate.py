@@ -14,7 +14,7 @@ import time
 from datetime import UTC, datetime
 from typing import Any
 
-from tests.ballots import ROOT, WENT_WRONG, run
+from tests.ballots import ROOT, WENT_WRONG, program, run
 from tests.prove import commit, read_record
 
 RECORD = ROOT / "benchmarks" / "results" / "simulation.jsonl"
@@ -78,6 +78,8 @@ def main() -> int:
     rows = [] if arguments.fresh else read_record(RECORD)
     first = 1 + secrets.randbelow(1 << 40) if arguments.fresh else 1
     deadline, held, num_run, turn = time.monotonic() + 60 * arguments.minutes, True, 0, 0
+    program("simulate")
+    built_from = commit()  # what is committed meanwhile is not what runs
     if arguments.fresh:
         print(f"fresh seeds, from {first} on in every mix", flush=True)
     while time.monotonic() < deadline:
@@ -89,7 +91,7 @@ def main() -> int:
         if done is None:
             held = False
             break
-        rows.append(done | {"date": datetime.now(UTC).date().isoformat(), "commit": commit()})
+        rows.append(done | {"date": datetime.now(UTC).date().isoformat(), "commit": built_from})
         num_run += done["schedules"]
         if not arguments.fresh:
             with RECORD.open("a") as record:
