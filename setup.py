@@ -74,12 +74,12 @@ def _cmake(*arguments: str | Path, quiet: bool = True) -> None:
 
 def _packages() -> list[str]:
     kernels = ["fault_a2a.kernels", *(f"fault_a2a.kernels.{name}" for name in find_namespace_packages("kernels"))]
-    return find_packages(include=["fault_a2a", "fault_a2a.*"]) + kernels
+    return [*find_packages(include=["fault_a2a", "fault_a2a.*"]), *kernels, "fault_a2a.benchmarks"]
 
 
 setup(
     packages=_packages(),
-    package_dir={"fault_a2a.kernels": "kernels"},
+    package_dir={"fault_a2a.kernels": "kernels", "fault_a2a.benchmarks": "benchmarks"},
     package_data={"": ["*.cpp", "*.cu", "*.hpp"], "fault_a2a": ["py.typed"]},
     ext_modules=[Extension("fault_a2a._C", sources=[]), Extension("fault_a2a._C_hooks", sources=[])],
     cmdclass={"build_ext": CMakeBuild},

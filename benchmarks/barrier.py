@@ -13,7 +13,7 @@ _LOOK_MS = 200  # how often somebody who waits for a rank asks whether it still 
 
 
 class Barrier:
-    """Made before the fork; the parent calls ``wait_for_all`` and ``let_go``, each rank has a ``Place``.
+    """Made before the ranks start; the parent calls ``wait_for_all`` and ``let_go``, each rank has a ``Place``.
 
     The clock is CLOCK_MONOTONIC, which all processes of a machine share. A round lasts from the instant before the
     parent opens the door to the stamp of the last rank: the time that a rank needs to be scheduled belongs to it, for
@@ -26,9 +26,27 @@ class Barrier:
         self.arrived = [os.eventfd(0) for _ in range(num_ranks)]
         # Two, in turns: through one door a fast rank could pass twice, in place of a slow one.
         self.doors = [os.eventfd(0, os.EFD_SEMAPHORE) for _ in range(2)]
-        self._memory = mmap.mmap(-1, _WORD_BYTES * (num_ranks + 1))
-        self.words = memoryview(self._memory).cast("q")  # the order, then a stamp for each rank
+        self.memory = os.memfd_create("barrier")
+        os.ftruncate(self.memory, _WORD_BYTES * (num_ranks + 1))
+        self._map()
+
+    def _map(self) -> None:
+        self._mapped = mmap.mmap(self.memory, _WORD_BYTES * (self.num_ranks + 1))
+        self.words = memoryview(self._mapped).cast("q")  # the order, then a stamp for each rank
         self.num_meetings = 0
+
+    def descriptors(self) -> list[int]:
+        """What a rank that is no fork of this process needs; see ``of_descriptors``."""
+        return [*self.arrived, *self.doors, self.memory]
+
+    @classmethod
+    def of_descriptors(cls, descriptors: list[int]) -> Barrier:
+        """The same barrier in another process, from its own copies of ``descriptors()``."""
+        barrier = cls.__new__(cls)
+        *barrier.arrived, first, second, barrier.memory = descriptors
+        barrier.doors, barrier.num_ranks = [first, second], len(barrier.arrived)
+        barrier._map()
+        return barrier
 
     def wait_for_all(self, timeout_s: float, check_ranks: Callable[[], None]) -> int:
         """Returns the stamp of the last rank, in ns.
@@ -57,10 +75,10 @@ class Barrier:
         return now_ns
 
     def close(self) -> None:
-        for descriptor in (*self.arrived, *self.doors):
-            os.close(descriptor)
         self.words.release()
-        self._memory.close()
+        self._mapped.close()
+        for descriptor in self.descriptors():
+            os.close(descriptor)
 
 
 class Place:

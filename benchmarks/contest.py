@@ -9,8 +9,8 @@ from functools import partial
 
 import torch.distributed
 
-from benchmarks.teams import SETTLE, SPLIT, WHOLE, Team, TeamFailedError, check_can_fork, resolve_names_locally
-from benchmarks.work import NUM_BATCHES
+from .teams import SETTLE, SPLIT, WHOLE, Team, TeamFailedError, check_can_fork, resolve_names_locally
+from .work import NUM_BATCHES
 
 # Awake after a stop, a team has cold caches and sleeping threads: its first round is not counted. Dispatch and combine
 # are timed with a barrier between them, the pair without one, since no caller puts one there.

@@ -16,12 +16,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # when it is run as a file
+if not __package__:  # run as a file
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    __package__ = "benchmarks"
 
-from benchmarks.contest import Score, run_contest
-from benchmarks.floor import FORMULA, floor_us, traffic
-from benchmarks.machine import ROOT, where_and_when
-from benchmarks.options import (
+from .contest import Score, run_contest
+from .floor import FORMULA, floor_us, traffic
+from .machine import ROOT, where_and_when
+from .mpi import Mpi
+from .mpi_team import MpiTeam
+from .options import (
     Library,
     add_output_options,
     add_shape_options,
@@ -30,12 +34,12 @@ from benchmarks.options import (
     shape_of,
     whole_number,
 )
-from benchmarks.peers import PEERS
-from benchmarks.report import as_text
-from benchmarks.spread import spread
-from benchmarks.systems import Copy, FaultA2A, System, copied_bytes_per_round
-from benchmarks.teams import Team
-from benchmarks.work import TOLERANCE, Shape
+from .peers import PEERS, chosen_peers
+from .report import as_text
+from .spread import spread
+from .systems import Copy, FaultA2A, System, copied_bytes_per_round
+from .teams import Team
+from .work import TOLERANCE, Shape
 
 OURS, COPY = "fault_a2a", "memcpy"
 RECORD = ROOT / "benchmarks" / "results" / "dispatch_combine.jsonl"
@@ -49,13 +53,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--warm-up", type=whole_number, default=3, help="turns that are not counted (default 3)")
     add_output_options(parser, RECORD)
     arguments = parser.parse_args(argv)
-    arguments.peers = [name for name in arguments.peers.split(",") if name]
-    for name in arguments.peers:
-        if name not in PEERS:
-            parser.error(f"--peers: there is no peer {name!r}; give some of {', '.join(PEERS)}")
-        if PEERS[name].missing():
-            parser.error(f"--peers: {name}: {PEERS[name].missing()}, or leave it out of --peers")
     try:
+        arguments.peers = chosen_peers(arguments.peers)
         arguments.library = ask_library(shape_of(arguments), num_teams=2 + len(arguments.peers))
     except ValueError as error:
         parser.error(str(error))
@@ -68,7 +67,10 @@ def measure(arguments: argparse.Namespace, watch: Callable[[int], None]) -> dict
     systems: dict[str, type[System]] = {OURS: FaultA2A, **{name: PEERS[name] for name in arguments.peers}, COPY: Copy}
     began = where_and_when()
     scores = run_contest(
-        [partial(Team, name, system, shape, arguments.seed) for name, system in systems.items()],
+        [
+            partial(MpiTeam if issubclass(system, Mpi) else Team, name, system, shape, arguments.seed)
+            for name, system in systems.items()
+        ],
         arguments.warm_up,
         arguments.iterations,
         watch=watch,
@@ -87,7 +89,8 @@ def measure(arguments: argparse.Namespace, watch: Callable[[int], None]) -> dict
     record["versions"] = {"fault_a2a": library.version, "core": library.core, **began["versions"]}
     copy_score = scores.pop()
     floor = _floor(shape, library, arguments.seed, copy_score)
-    rows = [_row(score, systems[score.name], shape, floor["floor_us"]) for score in scores]
+    moved_bytes = floor["traffic"]["total_bytes"]
+    rows = [_row(score, systems[score.name], shape, moved_bytes, floor["floor_us"]) for score in scores]
     return {**record, **floor, "rows": rows, "fastest_peer": _fastest_peer(rows)}
 
 
@@ -96,7 +99,7 @@ def _floor(shape: Shape, library: Library, seed: int, copy_score: Score) -> dict
     if copy_score.failure:
         return {
             "bytes_formula": FORMULA,
-            "traffic": asdict(moved),
+            "traffic": {**asdict(moved), "total_bytes": moved.total_bytes},
             "copy_failure": copy_score.failure,
             "floor_us": None,
         }
@@ -110,7 +113,7 @@ def _floor(shape: Shape, library: Library, seed: int, copy_score: Score) -> dict
     }
 
 
-def _row(score: Score, system: type[System], shape: Shape, lowest_us: float | None) -> dict[str, Any]:
+def _row(score: Score, system: type[System], shape: Shape, moved_bytes: int, lowest_us: float | None) -> dict[str, Any]:
     row: dict[str, Any] = {
         "system": score.name,
         "backend": system.backend,
@@ -128,6 +131,7 @@ def _row(score: Score, system: type[System], shape: Shape, lowest_us: float | No
         "reduce": shape.reduce,
         "correct": not score.failure,
         "failure": score.failure,
+        "moved_bytes": moved_bytes,
     }
     if score.failure:
         return row
@@ -137,6 +141,7 @@ def _row(score: Score, system: type[System], shape: Shape, lowest_us: float | No
     row["spread_us"] = {
         name: {key: round(value, 1) for key, value in asdict(part).items()} for name, part in parts.items()
     }
+    row["moved_bytes_per_s"] = round(moved_bytes / parts["pair"].median * 1e6)
     row["share_of_floor"] = round(lowest_us / parts["pair"].median, 3) if lowest_us else None
     return row
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from benchmarks.work import Shape, routing
+from .work import Shape, routing
 
 FORMULA = (
     "bytes read + written, row = hidden x itemsize, over all ranks: send 2 D row, expand (D + C) row, return (C + R) "

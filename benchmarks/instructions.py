@@ -12,8 +12,8 @@ import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from benchmarks.machine import ROOT
-from benchmarks.work import Shape
+from .machine import IMPORT_ROOT, PACKAGE, ROOT
+from .work import Shape
 
 # What is on the stack of one of them is counted: no thread beside the kernels, and no Python.
 _COUNTED = ("dispatch_send", "dispatch_receive", "combine_send", "combine_receive")
@@ -49,10 +49,10 @@ def count(shape: Shape, core: str, num_rounds: int) -> float:
         command = [
             *("valgrind", "--tool=callgrind", f"--callgrind-out-file={folder}/callgrind.out", "--instr-atstart=no"),
             *(f"--toggle-collect=fa2a::{verb}(fa2a::Context&, *" for verb in _COUNTED),
-            *(sys.executable, "-m", "benchmarks.one_rank"),
+            *(sys.executable, "-m", f"{PACKAGE}.one_rank"),
             *(json.dumps(asdict(replace(shape, ranks=1))), str(num_rounds)),
         ]
-        environment = {**os.environ, "FAULT_A2A_CORE": core, "PYTHONPATH": str(ROOT)}
+        environment = {**os.environ, "FAULT_A2A_CORE": core, "PYTHONPATH": str(IMPORT_ROOT)}
         with (
             tempfile.TemporaryFile("w+") as words,
             subprocess.Popen(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,9 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = __package__  # benchmarks in a checkout, fault_a2a.benchmarks where it is installed
+# What must be on the path for another Python to find that package.
+IMPORT_ROOT = Path(str(sys.modules[PACKAGE.split(".")[0]].__file__)).resolve().parents[1]
 
 
 def where_and_when() -> dict[str, Any]:

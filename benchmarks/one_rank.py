@@ -11,8 +11,8 @@ import sys
 import torch
 import torch.distributed
 
-from benchmarks.systems import FaultA2A
-from benchmarks.work import Batch, Shape
+from .systems import FaultA2A
+from .work import Batch, Shape
 
 
 def main() -> None:

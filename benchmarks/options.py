@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import ROOT, available_bytes, shared_memory_bytes
-from benchmarks.systems import Copy
-from benchmarks.teams import in_a_fork
-from benchmarks.work import DTYPES, Shape
+from .machine import ROOT, available_bytes, shared_memory_bytes
+from .systems import Copy
+from .teams import in_a_fork
+from .work import DTYPES, Shape
 
 # The fields that Config's errors name, and the options that set them here.
 _OPTION_OF_FIELD = {

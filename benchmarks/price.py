@@ -26,16 +26,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # when it is run as a file
+if not __package__:  # run as a file
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    __package__ = "benchmarks"
 
-from benchmarks.contest import run_contest
-from benchmarks.instructions import count, module_file
-from benchmarks.machine import ROOT, where_and_when
-from benchmarks.options import add_output_options, add_shape_options, ask_library, run_benchmark, shape_of, whole_number
-from benchmarks.spread import bootstrap_median, spread
-from benchmarks.systems import FaultA2A
-from benchmarks.teams import SETTLE, WHOLE, Team, in_a_fork
-from benchmarks.work import Shape
+from .contest import run_contest
+from .instructions import count, module_file
+from .machine import ROOT, where_and_when
+from .options import add_output_options, add_shape_options, ask_library, run_benchmark, shape_of, whole_number
+from .spread import bootstrap_median, spread
+from .systems import FaultA2A
+from .teams import SETTLE, WHOLE, Team, in_a_fork
+from .work import Shape
 
 CHECKED, UNCHECKED, CONTROL = "checked", "unchecked", "control"
 CORES = {CHECKED: "", UNCHECKED: "unchecked", CONTROL: ""}

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.work import Batch, Shape, expert_factors, scaled
+from .work import Batch, Shape, expert_factors, scaled
 
 
 class System:

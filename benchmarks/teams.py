@@ -16,9 +16,9 @@ from typing import IO, Any
 import torch
 import torch.distributed
 
-from benchmarks.barrier import Barrier, Place
-from benchmarks.systems import System
-from benchmarks.work import NUM_BATCHES, Batch, Shape
+from .barrier import Barrier, Place
+from .systems import System
+from .work import NUM_BATCHES, Batch, Shape
 
 END, BUILD, CHECK, SETTLE, SPLIT, WHOLE, JUDGE = range(7)
 _BUILD_TIMEOUT_S = 180
@@ -54,20 +54,23 @@ class Team:
         self.make_system, self.environment = make_system, environment or {}
         self.barrier = Barrier(shape.ranks)
         self.pids: dict[int, int] = {}  # of the ranks that are not reaped
-        self.words: list[IO[bytes]] = []
+        # What each of them says; closed with the team.
+        self.words: list[IO[bytes]] = [tempfile.TemporaryFile() for _ in range(shape.ranks)]  # noqa: SIM115
+        self._launch()
+
+    def _launch(self) -> None:
         self.port_pipe = os.pipe()
-        for rank in range(shape.ranks):
+        for rank in range(self.shape.ranks):
             self._fork(rank)
         os.close(self.port_pipe[0])
 
     def _fork(self, rank: int) -> None:
-        words = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the team)
-        parent_pid = os.getpid()
+        words, parent_pid = self.words[rank], os.getpid()
         pid = os.fork()
         if pid == 0:
             status = 1
             try:
-                _die_with(parent_pid)
+                die_with(parent_pid)
                 os.dup2(words.fileno(), 1)
                 os.dup2(words.fileno(), 2)
                 self._serve(rank)
@@ -77,7 +80,6 @@ class Team:
             finally:
                 os._exit(status)  # never back into the parent's code
         self.pids[rank] = pid
-        self.words.append(words)
 
     # -- a rank's side -----------------------------------------------------------------------------------------------
 
@@ -87,27 +89,7 @@ class Team:
         if port == 0:
             return  # the parent gave up before there was a store
         os.environ.update(self.environment)
-        place = Place(self.barrier, rank)
-        if place.meet() != BUILD:
-            return
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // self.shape.ranks))
-        store = torch.distributed.PrefixStore(self.name, torch.distributed.TCPStore("127.0.0.1", port))
-        batches = [Batch(self.shape, rank, self.seed + i) for i in range(NUM_BATCHES)]
-        system = self.make_system(self.shape, rank, store)
-        for batch in batches:
-            _ = batch.of_identity, batch.of_factors  # computed now, not between two rounds
-        gc.collect()
-        gc.disable()  # a collection in the middle of a round would be charged to it
-        place.stamp()
-        order, num_rounds = place.meet(), 0
-        while order != END:
-            batch = batches[num_rounds % NUM_BATCHES]
-            _run_round(system, batch, order, place)
-            num_rounds += 1
-            order = place.meet()
-        system.close()
-        place.stamp()
-        place.meet()
+        serve(Place(self.barrier, rank), self.name, self.make_system, self.shape, self.seed, port)
 
     # -- the parent's side -------------------------------------------------------------------------------------------
 
@@ -219,18 +201,51 @@ class Team:
             time.sleep(0.005)
 
     def kill(self) -> None:
-        """Ends what still runs, by process id, and frees what the parent held for it."""
-        for pid in self.pids.values():
-            os.kill(pid, signal.SIGKILL)
-        for pid in self.pids.values():
-            os.waitpid(pid, 0)
+        """Ends what still runs, by process id, and frees what the parent held for it. May be repeated."""
+        self._kill_ranks()
         self.pids.clear()
         if self.words:
             for words in self.words:
                 words.close()
-            os.close(self.port_pipe[1])
             self.barrier.close()
         self.words = []
+
+    def _kill_ranks(self) -> None:
+        for pid in self.pids.values():
+            os.kill(pid, signal.SIGKILL)
+        for pid in self.pids.values():
+            os.waitpid(pid, 0)
+        if self.words:
+            os.close(self.port_pipe[1])
+
+
+def serve(
+    place: Place, name: str, make_system: Callable[[Shape, int, Any], System], shape: Shape, seed: int, port: int
+) -> None:
+    """A rank's life: builds the system when it is told to, runs the rounds it is told to, and leaves.
+
+    Raises:
+        AssertionError: an answer was wrong.
+    """
+    if place.meet() != BUILD:
+        return
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // shape.ranks))
+    store = torch.distributed.PrefixStore(name, torch.distributed.TCPStore("127.0.0.1", port))
+    batches = [Batch(shape, place.rank, seed + i) for i in range(NUM_BATCHES)]
+    system = make_system(shape, place.rank, store)
+    for batch in batches:
+        _ = batch.of_identity, batch.of_factors  # computed now, not between two rounds
+    gc.collect()
+    gc.disable()  # a collection in the middle of a round would be charged to it
+    place.stamp()
+    order, num_rounds = place.meet(), 0
+    while order != END:
+        _run_round(system, batches[num_rounds % NUM_BATCHES], order, place)
+        num_rounds += 1
+        order = place.meet()
+    system.close()
+    place.stamp()
+    place.meet()
 
 
 def _run_round(system: System, batch: Batch, order: int, place: Place) -> None:
@@ -251,7 +266,7 @@ def _run_round(system: System, batch: Batch, order: int, place: Place) -> None:
         raise AssertionError(f"wrong answer: {trouble}")
 
 
-def _die_with(parent_pid: int) -> None:
+def die_with(parent_pid: int) -> None:
     """A parent that is killed cannot end its ranks, stopped ones least of all."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent_pid:
@@ -292,7 +307,7 @@ def in_a_fork(ask: Callable[[], Any]) -> Any:
     parent_pid, pid = os.getpid(), os.fork()
     if pid == 0:
         try:
-            _die_with(parent_pid)
+            die_with(parent_pid)
             try:
                 answer = {"is": ask()}
             except Exception as error:

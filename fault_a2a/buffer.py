@@ -13,8 +13,9 @@ import torch
 from fault_a2a import ops
 from fault_a2a._core import core
 from fault_a2a.checks import check_expert_rows, check_kind, check_kinds, check_scales, check_tensor, check_tokens
+from fault_a2a.collectives import Collectives
 from fault_a2a.config import MAX_MS, MIN_BEATS_PER_SILENCE, Config
-from fault_a2a.core_fields import core_fields, phases
+from fault_a2a.core_fields import collective_phases, core_fields, phases
 from fault_a2a.errors import ClosedError, ConstructError, FaultA2AError, QuorumLostError, RankEvictedError
 from fault_a2a.group import Group, as_group, forget_names, host_of_this_process
 from fault_a2a.lent_memory import LentMemory
@@ -23,7 +24,7 @@ from fault_a2a.placement import as_whole_number
 from fault_a2a.rounds import Handle, Outcome, Received, RecvHook, SourceStats
 
 
-class Buffer:
+class Buffer(Collectives):
     """One rank's end of the all-to-all.
 
     Construction is collective and blocks, at most ``config.construct_timeout_ms``. Everything else is per rank.
@@ -452,12 +453,15 @@ class Buffer:
     def arm(self, phase: str, round_number: int, action: str, value: int = 0, skip: int = 0) -> None:
         """Test build: ``action`` (kill, stop, sleep_us, crash) when this rank reaches ``phase`` of ``round_number``.
 
+        ``round_number``: of a phase of a collective, that collective's number.
+
         ``skip``: how often it passes the phase first; a stream comes to some of them once a chunk.
         """
         _need_hooks()
-        if phase not in phases():
-            raise ValueError(f"phase is {phase!r}; give one of {', '.join(phases())}")
-        self.core.arm(phases().index(phase), round_number, action, value, skip)
+        known = [*phases(), *collective_phases()]
+        if phase not in known:
+            raise ValueError(f"phase is {phase!r}; give one of {', '.join(known)}")
+        self.core.arm(core.phases().index(phase), round_number, action, value, skip)
 
     def cut(self, rank: int) -> None:
         """Test build: from now on everything between this rank and ``rank`` is lost, on this side."""

@@ -30,6 +30,7 @@ MAX_NUM_TOKENS = (1 << 19) - 1
 MAX_UNSPLIT_TOKENS, DEFAULT_CHUNK_TOKENS = 1024, 128
 MAX_MS = 24 * 3600 * 1000  # a day
 MAX_SPARE_PARTITIONS = 64
+MAX_COLLECTIVE_BYTES = 524287  # a field of the word
 # A watcher that slept for a quarter of a timeout starts it anew, so a shorter silence could never be measured.
 MIN_BEATS_PER_SILENCE = 4
 
@@ -47,6 +48,7 @@ _WHOLE_NUMBERS = {
     "construct_timeout_ms": (1, MAX_MS),
     "agreement_timeout_ms": (1, MAX_MS),
     "num_spare_partitions": (0, MAX_SPARE_PARTITIONS),
+    "max_collective_bytes": (8, MAX_COLLECTIVE_BYTES),
 }
 # How long each rank is ready to wait for the others is its own business.
 _MAY_DIFFER = ("construct_timeout_ms",)
@@ -90,6 +92,8 @@ class Config:
             without a leader or a store; ``"store"``: the group's store, by ``compare_set``; while that is gone, views
             cannot change.
         num_spare_partitions: landing room on each rank, per host, kept for ranks that come back, 0 to 64.
+        max_collective_bytes: the most that ``all_gather`` and ``all_reduce`` take of a rank, 8 to 524287; twice so much
+            is kept in every partition.
         num_chunk_tokens: windows hold so many tokens of each rank (twice, if there are more); a longer batch travels
             as a stream of such chunks, each of which waits until its reader has made room. 1 to
             ``num_max_tokens_per_rank``, times ``num_topk`` at most 524287. ``None``: all tokens in one chunk up to
@@ -125,6 +129,7 @@ class Config:
     construct_timeout_ms: int = 60000
     agreement_timeout_ms: int = 10000
     num_spare_partitions: int = 1
+    max_collective_bytes: int = 4096
     agreement: str = "windows"
     num_chunk_tokens: int | None = None
     dispatch_dtype: torch.dtype | None = None

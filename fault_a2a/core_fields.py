@@ -46,6 +46,7 @@ def window_fields(config: Config, num_ranks: int) -> dict[str, int]:
         "hidden_bytes": config.hidden_bytes,
         "num_spare_partitions": config.num_spare_partitions,
         "reduce_at_expert": int(config.reduce == "expert"),
+        "max_collective_bytes": config.max_collective_bytes,
     }
 
 
@@ -57,4 +58,12 @@ def window_bytes(config: Config, num_ranks: int) -> int:
 
 def phases() -> list[str]:
     """The named points inside a round at which the test build can make a fault happen, in order."""
-    return list(core.phases())
+    return [phase for phase in core.phases() if not phase.startswith(_COLLECTIVE)]
+
+
+def collective_phases() -> list[str]:
+    """The same inside a small collective."""
+    return [phase for phase in core.phases() if phase.startswith(_COLLECTIVE)]
+
+
+_COLLECTIVE = "collective."

@@ -29,13 +29,19 @@ PROGRAMS = {
     "agreement_schedules": Program(
         ("tests/native/agreement_schedules.cpp", "csrc/host/*.cpp", "csrc/membership/*.cpp")
     ),
+    "agreement_growth": Program(
+        (
+            *("tests/native/agreement_growth.cpp", "csrc/host/hooks.cpp", "csrc/membership/agreement.cpp"),
+            *(f"csrc/membership/{name}.cpp" for name in ("consensus", "verdict", "vertex_cover", "host_cut")),
+        )
+    ),
     # The simulator is its own host; everything above the host is what runs in production, but for the sums of rows.
     "simulate": Program(
         (
             *("tests/simulator/*.cpp", "csrc/host/hooks.cpp", "csrc/membership/*.cpp", "csrc/bindings/endpoint.cpp"),
             *("csrc/transport/faulty.cpp", "csrc/transport/local.cpp", "csrc/transport/partition.cpp"),
             *(f"kernels/cpu/{name}.cpp" for name in ("combine", "dispatch", "expand", "machine", "quantize", "reduce")),
-            "kernels/cpu/stream.cpp",
+            *("kernels/cpu/stream.cpp", "kernels/cpu/collect*.cpp"),
         ),
         ("-DFA2A_SIMULATED=1", "-DFA2A_MAX_RANKS=64", "-ffp-contract=off", "-fno-strict-aliasing", "-U_FORTIFY_SOURCE"),
     ),

@@ -1,6 +1,6 @@
 """The mutation table of docs/guards.md: each guard, what it prevents, and the test that goes red without it.
 
-``python -m tests.guard_table`` writes it; ``tests/test_guard_table.py`` holds it against the code, the docs and the tests.
+``python -m tests.guard_table`` writes it; ``tests/test_guard_table.py`` holds it against code, docs and tests.
 """
 
 from __future__ import annotations

@@ -50,9 +50,9 @@ def scenario(wrong: list[str]) -> dict[str, Any]:
 
 
 def phases() -> list[str]:
-    from fault_a2a._core import core
+    import fault_a2a
 
-    return list(core.phases())
+    return fault_a2a.phases()
 
 
 def at_phase(seed: int) -> dict[str, Any]:
@@ -83,6 +83,12 @@ def prefill(seed: int) -> dict[str, Any]:
     except AssertionError as error:
         return scenario([str(error)[:500]])
     return scenario([])
+
+
+def collective(seed: int) -> dict[str, Any]:
+    from tests.collective_scenarios import deaths
+
+    return scenario(deaths(seed))
 
 
 def cascade(seed: int) -> dict[str, Any]:
@@ -124,6 +130,12 @@ def jobs() -> list[Job]:
         Job("cascade", "no cascade: compute of 0 to several silence timeouts of 100 ms", 200, cascade),
         Job(
             "prefill", "a death at every chunk position of a stream of 8,192 tokens, every third time two", 48, prefill
+        ),
+        Job(
+            "collective",
+            "one or two deaths anywhere in small collectives: one answer on all who go on",
+            200,
+            collective,
         ),
         Job("evictions", "free-running ranks, two open rounds, deaths until two are left (6 each)", 84, evictions),
         Job("e4m3", "the cast to e4m3 of all 2^32 float32 patterns is torch's (2^28 each)", NUM_E4M3_RUNS, e4m3),

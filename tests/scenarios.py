@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import torch
 
-from fault_a2a import reference
+from fault_a2a import phases, reference
 from fault_a2a._core import core
 from fault_a2a.buffer import Buffer
 from fault_a2a.config import Config
@@ -468,12 +468,12 @@ def evictions(seed: int, num_ranks: int = 8, two_open: bool = True) -> tuple[Wro
     config = small(hidden=8, num_max_tokens_per_rank=2)
     work = Work(config, num_ranks, seed=seed)
     order = torch.randperm(num_ranks, generator=generator).tolist()[: num_ranks - 2]
-    phases = core.phases()
+    places = phases()
     number = 2
     with VirtualRanks(num_ranks, config, poison=True) as ranks:
         for victim in order:
             number += 1 + int(torch.randint(4, [1], generator=generator))
-            phase = phases[int(torch.randint(len(phases), [1], generator=generator))]
+            phase = places[int(torch.randint(len(places), [1], generator=generator))]
             ranks.buffers[victim].arm(phase, number, "crash")
         run = run_two_open if two_open else run_checked
         tallies = run(ranks, work, number + 8)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.floor import floor_us, traffic
+from benchmarks.peers import PEERS
 from benchmarks.spread import bootstrap_median, percentile, spread
 from benchmarks.work import Shape
 
@@ -78,6 +79,25 @@ sys.exit(dispatch_combine.main(sys.argv[2:]))
 """
 
 
+PLANTED_MPI = f"""
+import os, sys
+if "OMPI_COMM_WORLD_RANK" in os.environ and "benchmarks.mpi_team" in " ".join(sys.orig_argv):
+    sys.path.insert(0, {str(ROOT)!r})
+    from benchmarks import mpi
+
+    class Wrong(mpi.Mpi):
+        def combine(self, received, handle):
+            return super().combine(received, handle) + 1
+
+    class NoStart(mpi.MpiNoCma):
+        def __init__(self, *arguments):
+            raise RuntimeError("no start")
+
+    Wrong.__name__, NoStart.__name__ = "Mpi", "MpiNoCma"
+    mpi.Mpi, mpi.MpiNoCma = Wrong, NoStart
+"""
+
+
 def run(*options: str, planted: str = "") -> tuple[int, str, str]:
     command = [sys.executable, str(ROOT / "benchmarks" / "dispatch_combine.py"), *options]
     if planted:
@@ -106,6 +126,29 @@ def test_a_row_for_each_system_with_its_times(extra, tmp_path):
     assert record["floor_us"] > 0 and record["copied_bytes_per_s"]["median"] > 0
     assert record["fastest_peer"]["times_ours"] > 0
     assert json.loads(record_file.read_text()) == record
+
+
+@pytest.mark.skipif(PEERS["mpi"].missing() != "", reason=f"the MPI peers: {PEERS['mpi'].missing()}")
+def test_mpi_is_timed_in_the_same_turns():
+    status, stdout, stderr = run(*QUICK, "--peers", "mpi,mpi-no-cma")
+    assert status == 0, stderr + stdout
+    rows = rows_of(stdout)
+    assert list(rows) == ["fault_a2a", "mpi", "mpi-no-cma"]
+    assert all(rows["mpi"][name] > 0 and rows["mpi-no-cma"][name] > 0 for name in TIMES)
+    assert rows["mpi"]["spread_us"]["pair"]["count"] == 3
+
+
+@pytest.mark.skipif(PEERS["mpi"].missing() != "", reason=f"the MPI peers: {PEERS['mpi'].missing()}")
+def test_ranks_of_mpirun_that_cannot_start_or_answer_wrongly_get_no_time(tmp_path):
+    # mpirun gives its ranks the environment of this process: the planted module is imported before anything else.
+    (tmp_path / "sitecustomize.py").write_text(PLANTED_MPI)
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, str(ROOT / "benchmarks" / "dispatch_combine.py"), *QUICK, "--peers", "mpi,mpi-no-cma"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment, check=False)
+    rows = rows_of(done.stdout)
+    assert done.returncode == 1 and rows["fault_a2a"]["pair_us"] > 0
+    assert "beyond the tolerance" in rows["mpi"]["failure"] and rows["mpi"]["pair_us"] is None
+    assert "mpirun ended" in rows["mpi-no-cma"]["failure"] and "no start" in rows["mpi-no-cma"]["failure"]
 
 
 def test_the_text_names_what_it_rests_on():

@@ -1,4 +1,4 @@
-"""The mutation table is complete: every guard of the code has a row, is described in the docs, and has a test by that name."""
+"""The mutation table is complete: every guard has a row, is described in the docs, and has a red test."""
 
 import re
 from types import ModuleType

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fault_a2a._core import core
-from tests import scenarios
+from tests import collective_scenarios, scenarios
 from tests.ballots import WENT_WRONG, run
 from tests.scenarios import Wrong, without
 
@@ -45,6 +45,9 @@ TABLE: dict[str, tuple[Callable[[], Wrong], tuple[str, ...]]] = {
     "view_once": (scenarios.death_between_dispatch_and_combine, ()),
     "release_word": (scenarios.evicted_while_waiting, ()),
     "copy_fence": (scenarios.streamed_rows, ()),
+    "all_say": (lambda: collective_scenarios.half_heard("collective.half_contributed"), ()),
+    "frozen_set": (lambda: collective_scenarios.half_heard("collective.half_said"), ()),
+    "say_epoch": (collective_scenarios.smaller_set_of_the_dead, ()),
 }
 # Without these two views of one epoch can be decided. No group of threads would meet that schedule in a lifetime, so
 # the test walks them all (tests/native/ballots.cpp; with the guards in, in tests/test_agreement.py).

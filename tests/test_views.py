@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fault_a2a import phases
 from fault_a2a._core import core
 from fault_a2a.testing.virtual import VirtualRanks
 from tests import scenarios
@@ -15,7 +16,7 @@ NUM_ROUNDS = 12
 
 
 @pytest.mark.parametrize("two_open", [False, True], ids=["one_open", "two_open"])
-@pytest.mark.parametrize("phase", core.phases())
+@pytest.mark.parametrize("phase", phases())
 @pytest.mark.parametrize("victims", [(2,), (0,), (0, 3)], ids=str)
 def test_death_at_every_phase(phase: str, victims: tuple[int, ...], two_open: bool) -> None:
     config = scenarios.small()

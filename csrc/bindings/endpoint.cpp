@@ -202,6 +202,10 @@ CombineResult Endpoint::abandon(u64 round) {
   return call<CombineResult>([&] { return fa2a::abandon(context_, round); });
 }
 
+CollectiveResult Endpoint::gather_all(const CollectiveArgs& args) {
+  return call<CollectiveResult>([&] { return fa2a::gather_all(context_, args); });
+}
+
 void Endpoint::crash() {
   crashed_ = closed_ = true;
   pulse_->vanish();

@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "kernels/cpu/collective.hpp"
 #include "kernels/cpu/context.hpp"
 #include "membership/pulse.hpp"
 
@@ -47,6 +48,7 @@ class Endpoint {
   CombineResult combine_send(const CombineArgs& args);
   CombineResult combine_receive(const ReduceArgs& args);
   CombineResult abandon(u64 round);
+  CollectiveResult gather_all(const CollectiveArgs& args);
   void close();
   void set_timeouts(i32 rank, i64 silence_ms, i64 stall_ms);
   bool crashed() const { return crashed_; }

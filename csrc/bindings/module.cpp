@@ -78,6 +78,7 @@ Shape shape_of(const py::dict& fields) {
   shape.hidden_bytes = fields["hidden_bytes"].cast<i32>();
   shape.num_spare_partitions = fields["num_spare_partitions"].cast<i32>();
   shape.reduce_at_expert = fields["reduce_at_expert"].cast<i32>();
+  shape.collective_bytes = fields["max_collective_bytes"].cast<i32>();
   return shape;
 }
 
@@ -136,6 +137,8 @@ const char* name_of(Status status) {
       return "closed";
     case Status::quorum_lost:
       return "quorum_lost";
+    case Status::other_bytes:
+      return "other_bytes";
   }
   return "?";
 }
@@ -203,6 +206,14 @@ const char* call_abandon(Endpoint& endpoint, u64 round) {
   return name_of(unlocked([&] { return endpoint.abandon(round); }).status);
 }
 
+// (status, epoch of the view, rank that gave another number of bytes or -1)
+py::tuple call_gather_all(Endpoint& endpoint, std::uintptr_t mine, u64 num_bytes, std::uintptr_t gathered,
+                          std::uintptr_t contributed) {
+  const CollectiveArgs args{pointer<const u8>(mine), num_bytes, pointer<u8>(gathered), pointer<u8>(contributed)};
+  const CollectiveResult result = unlocked([&] { return endpoint.gather_all(args); });
+  return py::make_tuple(name_of(result.status), result.epoch, result.odd_rank);
+}
+
 // (row of recv.x, local expert, src_rank, src token, choice) of every row that a round received.
 std::vector<std::array<i32, 5>> sources(Endpoint& endpoint, u64 round) {
   std::vector<std::array<i32, 5>> out;
@@ -256,6 +267,7 @@ void bind_endpoint(py::module_& m) {
       .def("combine_send", &call_combine_send)
       .def("combine_receive", &call_combine_receive)
       .def("abandon", &call_abandon)
+      .def("gather_all", &call_gather_all)
       .def("sources", &sources)
       .def("stats", &stats)
       .def("source_stats", &source_stats)

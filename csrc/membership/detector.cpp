@@ -52,7 +52,10 @@ Evidence Detector::judge_link(Peer& peer, const PeerSample& sample, const OwnWai
   const bool looks = !looks_no_more(wait, timeouts.link_ns);
   // Only the word being looked at is known to be absent: others that a kernel will come to may have arrived.
   // And a peer that is two rounds on has closed this one, so it has said something to everybody whom it counts in.
-  const bool is_long_past = rounds_ahead(sample.progress, signal_field::Round::unpack(wait.word)) >= 2;
+  // (In a collective, its number stands where the round would.)
+  const bool both_rounds = signal_field::Attempt::unpack(wait.word) != static_cast<u64>(WordKind::collective) &&
+                           progress_field::Phase::unpack(sample.progress) != static_cast<u64>(Phase::collective);
+  const bool is_long_past = both_rounds && rounds_ahead(sample.progress, signal_field::Round::unpack(wait.word)) >= 2;
   const bool past_it = looks && wait.absent && (was_sent(sample.sent, wait.word) || is_long_past);
   if (!past_it) {
     peer.link_since_ns = 0;

@@ -42,9 +42,9 @@ struct Decision {
   char reason[kReasonBytes] = {};
 };
 
-// The four kinds of word that one rank polls and another stores.
-enum class WordKind : u32 { dispatch_signal, combine_signal, dispatch_taken, combine_taken };
-constexpr u32 kNumWordKinds = 4;
+// The kinds of word that one rank polls and another stores.
+enum class WordKind : u32 { dispatch_signal, combine_signal, dispatch_taken, combine_taken, collective };
+constexpr u32 kNumWordKinds = 5;
 
 FA2A_HD constexpr WordKind signal_kind(Verb verb) {
   return verb == Verb::dispatch ? WordKind::dispatch_signal : WordKind::combine_signal;

@@ -38,7 +38,10 @@ namespace fa2a {
   X(copy_fence)           /* rows stored past the cache are there before their signal is       */ \
   X(record_before_answer) /* one word, stored last, says which copy of a record counts       */   \
   X(frozen_records)       /* a dead member is discounted by its frozen record only             */ \
-  X(records_at_accept)    /* in counting accepts as much as in prepare                         */
+  X(records_at_accept)    /* in counting accepts as much as in prepare                         */ \
+  X(frozen_set)           /* what a rank has in a collective is not taken anew in a later view */ \
+  X(say_epoch)            /* sets of two epochs are not counted together                       */ \
+  X(all_say)              /* nobody returns before all members have said the same set          */
 
 enum Guard : u32 {
 #define FA2A_GUARD_NAME(name) guard_##name,

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "protocol/compiler.hpp"
+#include "protocol/rank_set.hpp"
 #include "protocol/signal.hpp"
 
 namespace fa2a {
@@ -24,6 +25,7 @@ struct Shape {
   i32 hidden_bytes = 0;       // of a row on its way back
   i32 num_spare_partitions = 1;
   i32 reduce_at_expert = 0;  // 0: one combine row per (token, choice); 1: one per (token, rank)
+  i32 collective_bytes = 0;  // the most that a rank may contribute to a small collective
 };
 
 // One choice of a row that travels: which of the receiver's experts, and which of the token's k it is.
@@ -70,6 +72,9 @@ struct PartitionLayout {
   u64 progress = 0;                                      // the writer's progress word
   u64 signal[kNumVerbs][kNumParities][kNumHalves] = {};  // of the writer's chunks
   u64 taken[kNumVerbs][kNumParities] = {};               // by the writer, of the owner's chunks
+  u64 collective_word[kNumParities] = {};                // of small collectives
+  u64 collective_set[kNumParities] = {};                 // whose contributions the writer has
+  u64 collective_bytes[kNumParities] = {};               // the writer's contribution
   u64 claims[kNumParities] = {};                         // rows for each of the owner's experts
   u64 row_headers[kNumParities] = {};
   u64 dispatch_rows[kNumParities] = {};  // dispatch and combine never share bytes
@@ -105,6 +110,11 @@ FA2A_HD constexpr PartitionLayout partition_layout(const Shape& shape) {
   }
   const u64 dispatch_slots = static_cast<u64>(at.num_dispatch_rows) * static_cast<u64>(at.num_halves);
   const u64 combine_slots = static_cast<u64>(at.num_combine_rows) * static_cast<u64>(at.num_halves);
+  for (u32 p = 0; p < kNumParities; ++p) {
+    at.collective_word[p] = cursor.take(sizeof(u64), kLine);
+    at.collective_set[p] = cursor.take(sizeof(RankSet), kLine);
+    at.collective_bytes[p] = cursor.take(static_cast<u64>(shape.collective_bytes), kLine);
+  }
   for (u32 p = 0; p < kNumParities; ++p)
     at.claims[p] = cursor.take(sizeof(i32) * static_cast<u64>(shape.max_local_experts), kLine);
   for (u32 p = 0; p < kNumParities; ++p) at.row_headers[p] = cursor.take(at.header_stride * dispatch_slots, kLine);
@@ -123,10 +133,10 @@ FA2A_HD constexpr u64 window_bytes(const Shape& shape) {
 
 // Two ranks built for different shapes must not exchange a byte: FNV-1a over every field.
 FA2A_HD constexpr u64 shape_hash(const Shape& shape) {
-  const i32 fields[] = {shape.num_ranks,       shape.num_experts,      shape.num_topk,
-                        shape.num_max_tokens,  shape.num_chunk_tokens, shape.max_local_experts,
-                        shape.dispatch_bytes,  shape.hidden_bytes,     shape.num_spare_partitions,
-                        shape.reduce_at_expert};
+  const i32 fields[] = {shape.num_ranks,        shape.num_experts,      shape.num_topk,
+                        shape.num_max_tokens,   shape.num_chunk_tokens, shape.max_local_experts,
+                        shape.dispatch_bytes,   shape.hidden_bytes,     shape.num_spare_partitions,
+                        shape.reduce_at_expert, shape.collective_bytes};
   u64 hash = 14695981039346656037ull;
   for (i32 field : fields) hash = (hash ^ static_cast<u64>(static_cast<u32>(field))) * 1099511628211ull;
   return hash;

@@ -1,4 +1,4 @@
-// The named points inside a round at which the test build can make a fault happen.
+// The named points inside a round, and inside a small collective, at which the test build can make a fault happen.
 #pragma once
 
 #include "protocol/compiler.hpp"
@@ -25,7 +25,14 @@ namespace fa2a {
   X(combine_wait, "combine.wait")                                                                      \
   X(combine_reduce, "combine.reduce")           /* rows are being summed                     */        \
   X(combine_chunk_taken, "combine.chunk_taken") /* tokens summed, nobody told                */        \
-  X(combine_closed, "combine.closed")           /* before combine returns                    */
+  X(combine_closed, "combine.closed")           /* before combine returns                    */        \
+  X(collective_begin, "collective.begin")       /* nothing is stored                         */        \
+  X(collective_half_contributed, "collective.half_contributed")                                        \
+  X(collective_contributed, "collective.contributed")                                                  \
+  X(collective_half_said, "collective.half_said") /* half know what this rank has            */        \
+  X(collective_said, "collective.said")                                                                \
+  X(collective_half_done, "collective.half_done") /* it returns, and half are told           */        \
+  X(collective_returned, "collective.returned")
 
 enum class Point : u32 {
 #define FA2A_POINT(name, text) name,

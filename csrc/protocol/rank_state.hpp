@@ -23,8 +23,11 @@ FA2A_HD constexpr u64 pack_waiting(WordKind kind, u64 round, u64 chunk) {
 
 // Has the writer stored the word that is waited for, or a later one?
 FA2A_HD constexpr bool was_sent(u64 sent, u64 waiting) {
+  const bool is_done = signal_field::Attempt::unpack(waiting) == static_cast<u64>(WordKind::collective) &&
+                       signal_field::Last::unpack(sent) != 0;
   const i64 ahead = rounds_ahead(sent, signal_field::Round::unpack(waiting));
-  return ahead > 0 || (ahead == 0 && chunks_ahead(sent, signal_field::Chunk::unpack(waiting)) >= 0);
+  return ahead > 0 || (ahead == 0 && is_done) ||
+         (ahead == 0 && chunks_ahead(sent, signal_field::Chunk::unpack(waiting)) >= 0);
 }
 
 struct RankState {

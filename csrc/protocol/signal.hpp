@@ -125,7 +125,18 @@ static_assert(Round::shift == signal_field::Round::shift && Round::bits == signa
 }  // namespace progress_field
 
 // `caller`: between two calls of a round, in the experts or whatever else its caller does.
-enum class Phase : u32 { idle, gate, dispatch_send, dispatch_wait, caller, combine_send, combine_wait, closed };
+// `collective`: in a small collective, whose number stands where the round would.
+enum class Phase : u32 {
+  idle,
+  gate,
+  dispatch_send,
+  dispatch_wait,
+  caller,
+  combine_send,
+  combine_wait,
+  closed,
+  collective
+};
 
 FA2A_HD constexpr u64 pack_progress(u64 round, Phase phase, u64 tick) {
   return progress_field::Round::pack(round) | progress_field::Phase::pack(static_cast<u64>(phase)) |

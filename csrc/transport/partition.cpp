@@ -1,4 +1,5 @@
 // A fresh partition, as its owner hands it to one writer incarnation.
+#include "protocol/collective.hpp"
 #include "protocol/memory.hpp"
 #include "transport/fabric.hpp"
 
@@ -9,6 +10,7 @@ void prepare_partition(u8* partition, const Shape& shape, i32 owner, i32 writer,
   auto* header = reinterpret_cast<PartitionHeader*>(partition + at.header);
   *header = {kPartitionMagic, shape_hash(shape), incarnation, owner, writer};
   for (u32 parity = 0; parity < kNumParities; ++parity) {
+    store_release(reinterpret_cast<u64*>(partition + at.collective_word[parity]), fresh_collective_word(0));
     for (u32 verb = 0; verb < kNumVerbs; ++verb) {
       for (u32 half = 0; half < kNumHalves; ++half)
         store_release(reinterpret_cast<u64*>(partition + at.signal[verb][parity][half]),

@@ -55,6 +55,17 @@ class Wire {
   void put_progress(i32 dst, u64* word, u64 value) {
     if (!faults.cut.has(dst)) store_release(word, value);
   }
+  void put_collective(i32 dst, u64* word, u64 value) {
+    if (faults.cut.has(dst)) return;
+    store_release(word, value);
+    ring_doorbell(fabric_.page(dst));
+  }
+  void put_collective_set(i32 dst, void* to, const RankSet& set) {
+    if (!faults.cut.has(dst)) store_set(to, set);
+  }
+  void put_collective_bytes(i32 dst, void* to, const u8* from, u64 num_bytes) {
+    if (!faults.cut.has(dst)) memcpy(to, from, num_bytes);
+  }
   bool ignores_consent() const { return faults.ignore_consent; }
   void at(Point point, u64 round) { faults.at(point, round, fabric_); }
 
@@ -83,6 +94,9 @@ class Wire {
   void put_progress(i32, u64* word, u64 value) {
     if (kWatched) store_release(word, value);
   }
+  void put_collective(i32 dst, u64* word, u64 value) { put_taken(dst, word, value); }
+  void put_collective_set(i32, void* to, const RankSet& set) { store_set(to, set); }
+  void put_collective_bytes(i32, void* to, const u8* from, u64 num_bytes) { memcpy(to, from, num_bytes); }
   static constexpr bool ignores_consent() { return false; }
   void at(Point, u64) {}
 #endif
@@ -93,6 +107,10 @@ class Wire {
       stream_row(to, from, num_bytes);
     else
       copy_row(to, from, num_bytes);
+  }
+  // Word by word: a reader may look at it while it changes, and looks again then.
+  static void store_set(void* to, const RankSet& set) {
+    for (i32 i = 0; i < RankSet::kNumWords; ++i) store_relaxed(static_cast<u64*>(to) + i, set.words[i]);
   }
   static void store_row_header(RowHeader* to, const RowHeader& header, const RowChoice* choices) {
     *to = header;

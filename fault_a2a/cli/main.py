@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from fault_a2a._version import __version__
-from fault_a2a.cli import doctor
+from fault_a2a.cli import bench, doctor
 from fault_a2a.cli.drill import command as drill
 from fault_a2a.cli.drill import options as drill_options
 
@@ -42,5 +42,11 @@ COMMANDS = (
         "starts a real group of processes, injects real faults, and checks every promise",
         drill_options.add_arguments,
         drill.run,
+    ),
+    (
+        "bench",
+        "times dispatch, combine and the pair beside the peers found here, each checked before its time counts",
+        bench.add_arguments,
+        bench.run,
     ),
 )

@@ -25,7 +25,8 @@ enum class Status : u32 {
   not_received,
   evicted,
   closed,
-  quorum_lost
+  quorum_lost,
+  other_bytes
 };
 
 // How rows look on their way out. Scales, if there are any, stand behind the payload of their row.
@@ -107,6 +108,18 @@ struct OpenRound {
   i32 num_rows_to(i32 dst) const { return rows_to[static_cast<size_t>(dst) + 1] - rows_to[static_cast<size_t>(dst)]; }
 };
 
+// A small collective, from its call to its return; docs/protocol.md, section 11.
+struct Collective {
+  bool is_open = false;
+  u64 number = 0;
+  u64 version = 0;  // of the sets that I said
+  bool is_contributed = false;
+  bool is_frozen = false;
+  RankSet has;  // whose contributions I have
+  std::vector<u8> bytes;
+  std::vector<u16> partitions;  // of the view it began in: nobody joins in the midst of it
+};
+
 struct Stats {
   u64 num_rounds = 0;
   u64 num_rejected = 0;  // sources whose counts or indices were refused
@@ -149,6 +162,8 @@ struct Context {
   Fabric* fabric = nullptr;
   Wire* wire = nullptr;
   OpenRound rounds[kNumParities];
+  Collective collective;
+  u64 next_collective = 0;
   Stats stats;
   std::vector<StallWatch> stalls;    // per rank
   std::vector<SourceStats> sources;  // per rank

@@ -108,12 +108,14 @@ void CpuMachine::watch(i32 peer) {
 
 // A tick says "I am late because I wait for somebody else". It is no excuse before the one that is waited for: two
 // ranks that call in different orders, one in dispatch r + 1 before combine r and one the other way round, would tick
-// at each other for ever. What I owe: the answer of a round that is open here, or a dispatch that I have not begun.
+// at each other for ever. What I owe: the answer of a round that is open here, or a dispatch or collective that I have
+// not begun.
 u64 CpuMachine::excusable(u64 progress) const {
   const auto phase = static_cast<Phase>(progress_field::Phase::unpack(progress));
   const u64 round = progress_field::Round::unpack(progress);
   const auto is_round = [&](u64 mine) { return (mine & progress_field::Round::max) == round; };
   bool owed = phase == Phase::dispatch_wait && is_round(c_.next_round);
+  owed |= phase == Phase::collective && is_round(c_.next_collective) && phase_ != Phase::collective;
   for (const OpenRound& open : c_.rounds) {
     const bool unanswered = open.stage == Stage::sent || open.stage == Stage::received;
     owed |= phase == Phase::combine_wait && unanswered && is_round(open.round);
@@ -124,11 +126,11 @@ u64 CpuMachine::excusable(u64 progress) const {
 // Peers push their progress into my window, so this reads local memory only, as a GPU kernel would. Of all who are
 // waited for, not only of the one whose word is looked at: several hung peers are then found together.
 void CpuMachine::judge_stalls(i64 now) {
-  const OpenRound& round = c_.rounds[round_ % kNumParities];
   for (i32 peer = 0; peer < c_.shape.num_ranks; ++peer) {
     if (load_relaxed(&c_.state->waiting_since_ns[peer]) == 0) continue;
     StallWatch& watch = c_.stalls[static_cast<size_t>(peer)];
-    const u64 progress = excusable(load_acquire(Context::word(c_.inbound(round, peer), c_.at.progress)));
+    u8* inbound = c_.fabric->inbound(partitions_[static_cast<size_t>(peer)]);
+    const u64 progress = excusable(load_acquire(Context::word(inbound, c_.at.progress)));
     const i64 timeout_ns = static_cast<i64>(load_relaxed(&c_.state->stall_ns[peer]));
     const bool slept = now - last_rest_ns_ > timeout_ns / 4 && guarded(guard_gap_restart);
     if (progress != watch.progress || slept) {

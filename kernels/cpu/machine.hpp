@@ -13,7 +13,11 @@ namespace fa2a {
 
 class CpuMachine {
  public:
-  CpuMachine(Context& context, u64 round) : c_(context), round_(round) {}
+  CpuMachine(Context& context, u64 round)
+      : CpuMachine(context, round, context.rounds[round % kNumParities].partitions) {}
+  // `partitions`: whose partition is whose, in the view that this rank waits in; outlives the machine.
+  CpuMachine(Context& context, u64 round, const std::vector<u16>& partitions)
+      : c_(context), round_(round), partitions_(partitions) {}
 
   // Shows peers where this rank is. Stored at phase changes and, as the tick, while it waits.
   void enter(Phase phase);
@@ -54,7 +58,8 @@ class CpuMachine {
   u64 excusable(u64 progress) const;
 
   Context& c_;
-  u64 round_;
+  u64 round_;  // or the number of a collective
+  const std::vector<u16>& partitions_;
   Phase phase_ = Phase::idle;
   i32 num_spins_ = 0;
   std::optional<DoorbellWaiter> waiter_;

@@ -1,5 +1,5 @@
-// Four virtual ranks run rounds; one leaves, one dies in mid-combine, and the rest agree by windows, then by an
-// arbiter. The survivors' sums are exact, and sanitizers look on.
+// Four virtual ranks run rounds and collectives; one leaves, one dies in mid-combine, and the rest agree by windows,
+// then by an arbiter. The survivors' sums are exact, and sanitizers look on.
 #include <stdio.h>
 #include <string.h>
 
@@ -36,6 +36,7 @@ EndpointConfig config_of(i32 rank, bool by_windows) {
   config.shape.num_topk = kNumTopk;
   config.shape.num_max_tokens = kNumMaxTokens;
   config.shape.num_chunk_tokens = 2;  // so that most batches are streams
+  config.shape.collective_bytes = 64;
   config.shape.max_local_experts = config.num_local_experts = kNumExperts / kNumRanks;
   config.shape.hidden_bytes = config.shape.dispatch_bytes = kHidden * static_cast<i32>(sizeof(float));
   config.format.payload_bytes = static_cast<u64>(config.shape.dispatch_bytes);
@@ -114,6 +115,19 @@ struct Batch {
   }
 };
 
+// Between rounds: everybody's number, of whoever is in; a rank that is in gave what it should.
+bool collective_is_right(Endpoint& endpoint, i32 rank, i32 round) {
+  const auto number = [round](i32 of) { return static_cast<u64>(of) * 1000000 + static_cast<u64>(round); };
+  const u64 mine = number(rank);
+  u64 gathered[kNumRanks];
+  u8 contributed[kNumRanks];
+  const CollectiveArgs args{reinterpret_cast<const u8*>(&mine), sizeof mine, reinterpret_cast<u8*>(gathered),
+                            contributed};
+  bool right = endpoint.gather_all(args).status == Status::ok && contributed[rank] == 1;
+  for (i32 src = 0; src < kNumRanks; ++src) right &= gathered[src] == (contributed[src] == 1 ? number(src) : 0);
+  return right;
+}
+
 void run_rounds(Endpoint& endpoint, i32 rank) {
   constexpr size_t kNumLocal = kNumExperts / kNumRanks, kCapacity = kNumRanks * kNumMaxTokens;
   std::vector<float> recv(kNumLocal * kCapacity * kHidden);
@@ -144,6 +158,7 @@ void run_rounds(Endpoint& endpoint, i32 rank) {
     expect(batch.any(kLost) == (lost != 0), "lost says what the codes say", rank, got.round);
     // Others run at most a round ahead, so until then nobody has left.
     if (i < kLeavesAt - 1) expect(batch.all_delivered(), "a healthy round delivers everything", rank, got.round);
+    if (i % 4 == 3) expect(collective_is_right(endpoint, rank, i), "a collective has what ranks gave", rank, got.round);
   }
 }
 

@@ -47,8 +47,10 @@ void World::fail(const std::string& what) {
 
 // May `a` have lost sight of `b`? Also if `a` is out, and does not know yet: the others have gone on without it.
 bool World::excuses(i32 a, i32 b) const {
-  return faulty_.has(b) || evicted_.has(a) || evicted_.has(b) || bad_links_[static_cast<size_t>(a)].has(b) ||
-         members_[static_cast<size_t>(b)].end == End::left || members_[static_cast<size_t>(b)].leaves;
+  // Nor is one punctual who was suspended: it may not begin a round that others are in.
+  return faulty_.has(b) || suspended_.has(b) || evicted_.has(a) || evicted_.has(b) ||
+         bad_links_[static_cast<size_t>(a)].has(b) || members_[static_cast<size_t>(b)].end == End::left ||
+         members_[static_cast<size_t>(b)].leaves;
 }
 
 void World::watch_all() {
@@ -64,6 +66,7 @@ void World::watch(i32 rank) {
   // The view first: whoever it leaves out is suspected for it.
   if (state.ring.newest != member.newest || group_page(rank).decision.version != member.decision_version)
     watch_views(rank);
+  if ((state.release & release_quorum_lost) != 0) suspended_.add(rank);
   if (state.suspects != member.suspects) watch_suspects(rank);
 }
 
@@ -106,7 +109,8 @@ void World::watch_views(i32 rank) {
 // which of two is to blame, only that one must go.
 bool World::may_go(i32 rank, const View& next) const {
   const Member& member = members_[static_cast<size_t>(rank)];
-  if (faulty_.has(rank) || !bad_links_[static_cast<size_t>(rank)].empty() || member.leaves) return true;
+  if (faulty_.has(rank) || suspended_.has(rank) || !bad_links_[static_cast<size_t>(rank)].empty() || member.leaves)
+    return true;
   for (i32 other = 0; other < schedule_.num_ranks; ++other) {
     if (!next.active.has(other) || !faulty_.has(other)) continue;
     if (member.suspects.has(other) || members_[static_cast<size_t>(other)].suspects.has(rank)) return true;

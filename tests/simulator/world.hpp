@@ -119,7 +119,7 @@ class World {
   std::vector<bool> struck_;
   std::vector<Timed> timed_;
   std::map<u64, View> views_;  // by epoch, as first seen
-  RankSet faulty_, evicted_, isolated_, silent_;
+  RankSet faulty_, suspended_, evicted_, isolated_, silent_;
   std::vector<RankSet> bad_links_;
   i32 accuser_ = -1;
   Report report_;

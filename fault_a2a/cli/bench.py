@@ -1,0 +1,95 @@
+"""The command `bench`: dispatch, combine and the pair over a sweep of shapes, beside the peers found here."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+_SHAPE = ("ranks", "tokens", "hidden", "topk", "experts", "dtype", "reduce", "recv_format")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    shape = parser.add_argument_group("shapes", "each takes several values, separated by commas: all combinations run")
+    shape.add_argument("--ranks", type=_numbers, default=[8], help="processes on this host (default 8)")
+    shape.add_argument(
+        "--num-tokens", "--tokens", dest="tokens", type=_numbers, default=[128], help="per rank and round (default 128)"
+    )
+    shape.add_argument("--hidden", type=_numbers, default=[7168], help="elements of a row (default 7168)")
+    shape.add_argument("--num-topk", "--topk", dest="topk", type=_numbers, default=[8], help="experts of a token")
+    shape.add_argument("--num-experts", "--experts", dest="experts", type=_numbers, default=[64], help="in all")
+    shape.add_argument("--dtype", type=_words("bf16", "f16", "f32"), default=["bf16"], help="bf16, f16, f32")
+    shape.add_argument("--reduce", type=_words("owner", "expert"), default=["owner"], help="owner, expert")
+    shape.add_argument("--recv-format", type=_words("batched", "packed"), default=["batched"], help="batched, packed")
+    shape.add_argument("--backend", type=_words("cpu"), default=["cpu"], help="where the rows are: cpu")
+    parser.add_argument(
+        "--peers",
+        default="gloo",
+        help="comma-separated, of gloo, gloo-per-choice, mpi, mpi-no-cma; or `all` for those found here (default gloo)",
+    )
+    parser.add_argument("--iterations", type=_number, default=30, help="counted turns of each system (default 30)")
+    parser.add_argument("--warm-up", type=_number, default=3, help="turns that are not counted (default 3)")
+    parser.add_argument("--seed", type=int, default=0, help="of the tokens and the routing (default 0)")
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout, nothing else")
+    parser.add_argument("--out", metavar="FILE", help="append the JSON object to a file, as a line")
+    parser.add_argument("--markdown", metavar="FILE", help="write the rows as a table")
+    parser.add_argument("--plot", metavar="FILE", help="draw the pairs (.svg, .png or .pdf; needs matplotlib)")
+
+
+def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    """0: every answer was right. 1: some system failed. 2: something that cannot be run was asked for."""
+    # Late: it needs torch's distributed package, and the other commands do not.
+    from fault_a2a.benchmarks import peers, sweep
+
+    combinations = itertools.product(*(getattr(args, name) for name in _SHAPE))
+    shapes: list[dict[str, Any]] = [dict(zip(_SHAPE, values, strict=True)) for values in combinations]
+    try:
+        if args.plot:
+            sweep.check_plot(args.plot)
+        chosen = peers.chosen_peers(args.peers)
+        tasks = [sweep.task(shape, chosen, args.iterations, args.warm_up, args.seed) for shape in shapes]
+    except ValueError as error:
+        parser.error(str(error))
+    record = sweep.run_sweep(tasks, _watch(args), None if args.json else print)
+    record["command"] = " ".join(["fault-a2a", *sys.argv[1:]])
+    if args.json:
+        print(json.dumps(record))
+    if args.out:
+        with Path(args.out).open("a") as out:
+            out.write(json.dumps(record) + "\n")
+    if args.markdown:
+        Path(args.markdown).write_text(sweep.as_markdown(record))
+    if args.plot:
+        sweep.draw(record, args.plot)
+    return 0 if record["ok"] else 1
+
+
+def _watch(args: argparse.Namespace) -> Any:
+    def watch(iteration: int) -> None:
+        if not args.json and sys.stderr.isatty():
+            print(f"\rturn {iteration + 1} of {args.iterations} ", end="", file=sys.stderr, flush=True)
+
+    return watch
+
+
+def _number(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 up")
+    return int(text)
+
+
+def _numbers(text: str) -> list[int]:
+    return [_number(part) for part in text.split(",")]
+
+
+def _words(*known: str) -> Any:
+    def words(text: str) -> list[str]:
+        for word in text.split(","):
+            if word not in known:
+                raise argparse.ArgumentTypeError(f"there is no {word!r}; give some of {', '.join(known)}")
+        return text.split(",")
+
+    return words
