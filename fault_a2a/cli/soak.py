@@ -60,7 +60,8 @@ def episode_options(seed: int, episode: int, num_ranks: int, phases: list[str]) 
     num_killed = rng.randint(0 if num_unproven else 1, max(num_ranks // 4, 1))
     for rank in victims[:num_killed]:
         step = rng.randrange(5, STEPS - 10)
-        where = f":{rng.choice(phases)}" if rng.random() < 0.6 else f"+{rng.randrange(20_000)}"
+        # With next to no tokens a rank may have no row to be killed at.
+        where = f":{rng.choice(phases)}" if num_tokens > 4 and rng.random() < 0.7 else f"+{rng.randrange(20_000)}"
         options += ["--kill", f"{rank}@{step}{where}"]
     rest = victims[num_killed:]
     for index in range(num_unproven):
