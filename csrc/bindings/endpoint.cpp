@@ -122,6 +122,7 @@ void Endpoint::open_peers() {
   options.agreement.num_ranks = config_.shape.num_ranks;
   options.agreement.settle_ns = config_.settle_ms * kNsPerMs;
   options.agreement.timeout_ns = config_.agreement_timeout_ms * kNsPerMs;
+  options.agreement.host_of = config_.host_of;
   options.agreement.by_windows = config_.agree_by_windows;
   options.beat_ns = config_.beat_ms * kNsPerMs;
   options.link_ns = config_.link_ms * kNsPerMs;

@@ -25,6 +25,7 @@ struct EndpointConfig {
   std::vector<i32> expert_local;
   i32 num_local_experts = 0;
   i64 beat_ms = 10, silence_ms = 2000, stall_ms = 30000, link_ms = 5000, settle_ms = 50, agreement_timeout_ms = 10000;
+  std::vector<i32> host_of;  // [num_ranks], the same on every rank; empty: it is not known who shares a host
   // false: whoever owns this endpoint carries proposals to an arbiter.
   bool agree_by_windows = true;
   u64 first_round = 0;  // tests start just before a field's end

@@ -293,6 +293,13 @@ void World::check_end() {
   for (i32 rank = 0; rank < schedule_.num_ranks && any_inside && schedule_.must_finish; ++rank)
     if (!silent_.has(rank) && silent_.empty() && !is_alive(rank) && newest.active.has(rank))
       fail("P5: " + name(rank) + " is dead, and in the last view");
+  // A host goes as one: nobody is left of the other one once somebody has gone.
+  if (schedule_.ranks_per_host > 0 && newest.epoch > 0 && newest.active != RankSet::first(schedule_.num_ranks)) {
+    const i32 size = schedule_.ranks_per_host, host = newest.active.lowest() / size;
+    for (i32 rank = 0; rank < schedule_.num_ranks; ++rank)
+      if (newest.active.has(rank) != (rank / size == host))
+        return fail("P6: two hosts lost each other, and the last view is neither of them");
+  }
   if (accuser_ >= 0 && schedule_.mix == "false_accuser") {
     RankSet others = RankSet::first(schedule_.num_ranks);
     others.remove(accuser_);

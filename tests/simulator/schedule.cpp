@@ -99,6 +99,14 @@ void cut_links(Schedule& s, Dice& dice) {
   for (i32 i = 0, number = 1 + static_cast<i32>(dice.below(2)); i < number; ++i) add_link(s, dice, FaultKind::cut);
 }
 
+// Two hosts that lose each other. Who is seen to be missing depends on who was waited for, and all of one host goes.
+void lost_hosts(Schedule& s, Dice& dice) {
+  s.must_finish = false;
+  s.ranks_per_host = dice.one_in(2) ? 2 : 3;
+  s.num_ranks = 2 * s.ranks_per_host;
+  add(s, dice, FaultKind::part, some_rank(s, dice));
+}
+
 void lost_stores(Schedule& s, Dice& dice) {
   s.must_finish = false;
   for (i32 i = 0, number = 1 + static_cast<i32>(dice.below(2)); i < number; ++i) add_link(s, dice, FaultKind::lose);
@@ -147,6 +155,7 @@ const std::vector<std::pair<std::string, Make>>& mixes() {
       {"twice_given_up", twice_given_up},
       {"slept_watchers", slept_watchers},
       {"cut_links", cut_links},
+      {"lost_hosts", lost_hosts},
       {"lost_stores", lost_stores},
       {"late_stores", late_stores},
       {"false_accuser", false_accuser},
@@ -159,8 +168,8 @@ const std::vector<std::pair<std::string, Make>>& mixes() {
 }  // namespace
 
 const char* name_of(FaultKind kind) {
-  constexpr const char* kNames[] = {"crash", "vanish", "leave",  "stop", "hang",   "sleep",
-                                    "cut",   "lose",   "accuse", "lie",  "foreign"};
+  constexpr const char* kNames[] = {"crash", "vanish", "leave", "stop",   "hang", "sleep",
+                                    "part",  "cut",    "lose",  "accuse", "lie",  "foreign"};
   return kNames[static_cast<size_t>(kind)];
 }
 

@@ -9,6 +9,7 @@
 
 namespace fa2a::sim {
 
+// Ranks that join have no kind yet: one here, and what it does in World::strike, is all that they need.
 enum class FaultKind {
   crash,   // gone; the operating system says so a little later
   vanish,  // gone, and nobody says so
@@ -16,6 +17,7 @@ enum class FaultKind {
   stop,    // both its threads stand still, and are woken
   hang,    // its kernel stands still, its native thread goes on
   sleep,   // its native thread stands still, its kernel goes on
+  part,    // every link between its host and the others is cut
   cut,     // nothing passes between two ranks any more, in either way
   lose,    // stores of one rank into another's window are lost from now on; pages can still be read
   accuse,  // its watcher accuses everybody, for ever
@@ -44,6 +46,7 @@ struct Schedule {
   i32 num_tokens = 3;        // most of a rank and round
   i32 num_chunk_tokens = 3;  // fewer than num_tokens: streams
   bool two_open = false;
+  i32 ranks_per_host = 0;  // of two hosts; 0: all are on one
   Pace pace;
   Delays delays;
   i64 most_compute_ns = 0;  // of the experts, and between rounds

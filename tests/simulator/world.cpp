@@ -63,6 +63,8 @@ EndpointConfig World::config_of(i32 rank) const {
   config.link_ms = kLinkMs;
   config.settle_ms = kSettleMs;
   config.agreement_timeout_ms = kAgreementMs;
+  for (i32 r = 0; r < schedule_.num_ranks && schedule_.ranks_per_host > 0; ++r)
+    config.host_of.push_back(r / schedule_.ranks_per_host);
   config.poison = schedule_.seed % 2 == 0;
   for (i32 expert = 0; expert < config.shape.num_experts; ++expert) {
     config.expert_rank.push_back(expert / kNumLocal);
@@ -138,6 +140,19 @@ void World::make_sick(i32 rank) {
     if (peer != rank) row[peer] = pack_accusation(newest_view(ring).epoch, Evidence::silence);
 }
 
+void World::mark_link(i32 a, i32 b) {
+  bad_links_[static_cast<size_t>(a)].add(b);
+  bad_links_[static_cast<size_t>(b)].add(a);
+}
+
+void World::cut(i32 a, i32 b) {
+  at(a).endpoint->wire().faults.cut.add(b);
+  at(b).endpoint->wire().faults.cut.add(a);
+  isolated_.add(a);
+  isolated_.add(b);
+  mark_link(a, b);
+}
+
 void World::strike(i32 index) {
   const Fault& fault = schedule_.faults[static_cast<size_t>(index)];
   if (struck_[static_cast<size_t>(index)]) return;
@@ -149,10 +164,6 @@ void World::strike(i32 index) {
   ++report_.num_faults;
   Machine& machine = scheduler_.machines[static_cast<size_t>(fault.rank)];
   const i64 until = scheduler_.now() + fault.duration_ns;
-  auto mark_link = [&] {
-    bad_links_[static_cast<size_t>(fault.rank)].add(fault.other);
-    bad_links_[static_cast<size_t>(fault.other)].add(fault.rank);
-  };
   switch (fault.kind) {
     case FaultKind::crash:
     case FaultKind::vanish:
@@ -170,14 +181,17 @@ void World::strike(i32 index) {
       machine.pulse_paused_until = std::max(machine.pulse_paused_until, until);
       return stand_still(fault, kSilenceMs * kMs / 4);
     case FaultKind::cut:
-      at(fault.rank).endpoint->wire().faults.cut.add(fault.other);
-      at(fault.other).endpoint->wire().faults.cut.add(fault.rank);
-      isolated_.add(fault.rank);
-      isolated_.add(fault.other);
-      return mark_link();
+      return cut(fault.rank, fault.other);
+    case FaultKind::part: {
+      const i32 size = schedule_.ranks_per_host, host = fault.rank / size;
+      for (i32 inside = host * size; inside < (host + 1) * size; ++inside)
+        for (i32 outside = 0; outside < schedule_.num_ranks; ++outside)
+          if (outside / size != host) cut(inside, outside);
+      return;
+    }
     case FaultKind::lose:
       links_.link(fault.rank, fault.other).loses_from = scheduler_.now();
-      return mark_link();
+      return mark_link(fault.rank, fault.other);
     case FaultKind::accuse:
       accuser_ = fault.rank;
       faulty_.add(fault.rank);
@@ -191,7 +205,7 @@ void World::strike(i32 index) {
       auto* header = reinterpret_cast<PartitionHeader*>(group_->partition(fault.other, fault.rank));
       header->incarnation ^= 1ull << 40;
       links_.link(fault.rank, fault.other).corrupts = true;
-      return mark_link();
+      return mark_link(fault.rank, fault.other);
     }
   }
 }

@@ -68,6 +68,8 @@ class World {
   void arm(i32 rank);
   void strike(i32 fault);
   void make_sick(i32 rank);
+  void mark_link(i32 a, i32 b);
+  void cut(i32 a, i32 b);
   void stand_still(const Fault& fault, i64 least_ns);
   void die(i32 rank, bool is_seen);
   i64 next_other() const;
