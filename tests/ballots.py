@@ -29,6 +29,7 @@ PROGRAMS = {
     "agreement_schedules": Program(
         ("tests/native/agreement_schedules.cpp", "csrc/host/*.cpp", "csrc/membership/*.cpp")
     ),
+    "join_schedules": Program(("tests/native/join_schedules.cpp", "csrc/host/*.cpp", "csrc/membership/*.cpp")),
     "agreement_growth": Program(
         (
             *("tests/native/agreement_growth.cpp", "csrc/host/hooks.cpp", "csrc/membership/agreement.cpp"),
@@ -38,7 +39,7 @@ PROGRAMS = {
     # The simulator is its own host; everything above the host is what runs in production, but for the sums of rows.
     "simulate": Program(
         (
-            *("tests/simulator/*.cpp", "csrc/host/hooks.cpp", "csrc/membership/*.cpp", "csrc/bindings/endpoint.cpp"),
+            *("tests/simulator/*.cpp", "csrc/host/hooks.cpp", "csrc/membership/*.cpp", "csrc/bindings/endpoint*.cpp"),
             *("csrc/transport/faulty.cpp", "csrc/transport/local.cpp", "csrc/transport/partition.cpp"),
             *(f"kernels/cpu/{name}.cpp" for name in ("combine", "dispatch", "expand", "machine", "quantize", "reduce")),
             *("kernels/cpu/stream.cpp", "kernels/cpu/collect*.cpp"),

@@ -4,9 +4,11 @@ import importlib.util
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+ROOT = Path(__file__).resolve().parent.parent
 SMALL = (
     "--ranks",
     "2",
@@ -109,3 +111,16 @@ def test_the_benchmarks_are_part_of_the_package():
 
     assert machine.PACKAGE == "fault_a2a.benchmarks"
     assert (machine.IMPORT_ROOT / "fault_a2a" / "__init__.py").exists()
+
+
+def test_small_collectives_are_timed_beside_gloo_and_checked():
+    command = [sys.executable, "-m", "benchmarks.collectives", "--ranks", "2", "--sizes", "8,64", "--iterations", "3"]
+    done = subprocess.run([*command, "--json"], capture_output=True, text=True, timeout=120, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)["rows"]
+    assert [(row["system"], row["num_bytes"]) for row in rows] == [
+        (system, size) for size in (8, 64) for system in ("fault_a2a", "gloo")
+    ]
+    assert all(row["all_reduce_us"] > 0 and row["spread_us"]["count"] == 3 for row in rows)
+    refused = subprocess.run([*command, "--sizes", "7"], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert refused.returncode == 2 and "multiples of 8" in refused.stderr

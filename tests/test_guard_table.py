@@ -6,7 +6,7 @@ from types import ModuleType
 import pytest
 
 from fault_a2a._core import core
-from tests import guard_table, test_guards, test_simulation
+from tests import guard_table, test_guards, test_joins, test_simulation
 
 
 def test_it_lists_the_guards_of_the_core() -> None:
@@ -24,7 +24,7 @@ def test_each_guard_is_described_and_missed(guard: str) -> None:
     assert guard_table.red_test(guard), f"no test goes red without {guard}"
 
 
-@pytest.mark.parametrize("module", [test_guards, test_simulation])
+@pytest.mark.parametrize("module", [test_guards, test_joins, test_simulation])
 def test_the_tests_that_are_named_exist(module: ModuleType) -> None:
     file = module.__name__.split(".")[-1] + ".py"
     named = set(re.findall(rf"`{file}::(\w+)\[", guard_table.table()))
@@ -32,5 +32,5 @@ def test_the_tests_that_are_named_exist(module: ModuleType) -> None:
 
 
 def test_whatever_is_planted_is_a_guard() -> None:
-    planted = {*test_guards.TABLE, *test_guards.DEADLY, *test_guards.EXPLORED, *test_simulation.PLANTED}
-    assert planted == set(guard_table.guards())
+    groups = (test_guards.TABLE, test_guards.DEADLY, test_guards.EXPLORED, test_guards.JOINS, test_guards.SCHEDULED)
+    assert {*test_simulation.PLANTED, *(guard for group in groups for guard in group)} == set(guard_table.guards())

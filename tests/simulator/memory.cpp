@@ -175,8 +175,15 @@ SharedMemory& SharedMemory::operator=(SharedMemory&& other) noexcept {
   num_bytes_ = other.num_bytes_;
   return *this;
 }
-// There is one process here.
-std::unique_ptr<SharedFabric> make_shared_fabric(const Shape&, const std::string&, i32) { return nullptr; }
+// There is one process here, and nobody joins yet: no fabric between processes, no memory that is handed over.
+std::unique_ptr<SharedFabric> make_shared_fabric(const Shape&, const std::string&, i32, i32) { return nullptr; }
+std::unique_ptr<NewcomerFabric> make_newcomer_fabric(const Shape&, i32) { return nullptr; }
+OpenFile::~OpenFile() = default;
+OpenFile& OpenFile::operator=(OpenFile&&) noexcept { return *this; }
+OpenFile OpenFile::of_process(i32, i32) noexcept { return OpenFile(); }
+OpenFile OpenFile::fresh_memory(u64) noexcept { return OpenFile(); }
+u64 OpenFile::num_bytes() const noexcept { return 0; }
+bool map_over(u8*, u64, const OpenFile&, u64) noexcept { return false; }
 SharedMemory SharedMemory::anonymous(u64 num_bytes) { return SharedMemory(sim::arena.take(num_bytes), num_bytes); }
 
 }  // namespace fa2a

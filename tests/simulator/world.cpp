@@ -55,6 +55,7 @@ EndpointConfig World::config_of(i32 rank) const {
   config.shape.max_local_experts = config.num_local_experts = kNumLocal;
   config.shape.hidden_bytes = config.shape.dispatch_bytes = kHidden * static_cast<i32>(sizeof(float));
   config.format.payload_bytes = static_cast<u64>(config.shape.dispatch_bytes);
+  config.num_founders = schedule_.num_ranks;
   config.rank = rank;
   config.dtype = DType::float32;
   config.beat_ms = kBeatMs;
