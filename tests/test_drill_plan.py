@@ -19,6 +19,8 @@ def test_all_memberships_in_one_line_and_a_rank_that_comes_back() -> None:
     plan = parse_plan("[[0,1,2,3],[0,1,-2,3],[0,1,2,3]]")
     assert (plan.ranks, plan.steps, plan.members) == (4, 120, (0, 1, 2, 3))
     assert plan.texts["kill"] == ["2@60"] and plan.texts["rejoin"] == ["2@80"]
+    faults = parse_faults(**plan.texts, num_ranks=plan.ranks, num_steps=plan.steps)
+    assert [str(fault) for fault in faults] == ["kill 2@60", "rejoin 2@80"]
 
 
 def test_rank_0_dies_by_its_minus_and_others_by_lines_of_their_own() -> None:

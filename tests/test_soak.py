@@ -17,7 +17,7 @@ PHASES = ["dispatch.copy", "combine.wait"]
 def faults_of(options: list[str], num_ranks: int) -> list:
     texts = {
         kind: [value for option, value in zip(options, options[1:], strict=False) if option == f"--{kind}"]
-        for kind in ("kill", "stop", "cut")
+        for kind in ("kill", "stop", "cut", "rejoin")
     }
     return parse_faults(**texts, num_ranks=num_ranks, num_steps=STEPS, phases=PHASES)
 
@@ -30,11 +30,11 @@ def test_every_episode_has_faults_that_leave_a_quorum(num_ranks: int) -> None:
         assert options == episode_options(7, episode, num_ranks, PHASES)
         faults = faults_of(options, num_ranks)
         assert faults
-        unproven = [fault for fault in faults if fault.kind != "kill"]
+        unproven = [fault for fault in faults if fault.kind in ("stop", "cut")]
         killed = {fault.rank for fault in faults if fault.kind == "kill"}
         assert 2 * len(unproven) < num_ranks - len(killed) or not unproven
         kinds |= {fault.kind for fault in faults}
-    assert kinds == ({"kill", "stop", "cut"} if num_ranks >= 8 else kinds) and "kill" in kinds
+    assert kinds == ({"kill", "stop", "cut", "rejoin"} if num_ranks >= 8 else kinds) and "kill" in kinds
     assert episode_options(7, 0, num_ranks, PHASES) != episode_options(8, 0, num_ranks, PHASES)
 
 

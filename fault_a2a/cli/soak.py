@@ -1,8 +1,8 @@
 """The command fault-a2a soak: random real faults on real processes, group after group, until the time is over.
 
-Every episode is a drill of its own, with a group that begins whole: until a rank can come back to a running group,
-faults would use one up. What an episode does follows from the seed and its number alone, and the command that
-repeats it is in the report when it breaks a promise.
+Every episode is a drill of its own, with a group that begins whole: what one episode breaks, the next does not inherit.
+What an episode does follows from the seed and its number alone, and the command that repeats it is in the report when
+it breaks a promise.
 """
 
 from __future__ import annotations
@@ -35,8 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``fault-a2a soak``."""
     parser.epilog = (
         "Each episode is a drill with a fresh group of --ranks processes and random faults in it: SIGKILL at a phase "
-        "or at an instant, SIGSTOP shorter or longer than the silence timeout, a cut link. Ctrl-C ends it with a "
-        "verdict on what was run. Exit 0 only when every promise held in every episode."
+        "or at an instant, a new process in the place of a killed one, SIGSTOP shorter or longer than the silence "
+        "timeout, a cut link. Ctrl-C ends it with a verdict on what was run. Exit 0 only when every promise held in "
+        "every episode."
     )
     parser.add_argument("--minutes", type=float, default=10.0, metavar="M", help="how long (%(default)s)")
     parser.add_argument(
@@ -63,6 +64,8 @@ def episode_options(seed: int, episode: int, num_ranks: int, phases: list[str]) 
         # With next to no tokens a rank may have no row to be killed at.
         where = f":{rng.choice(phases)}" if num_tokens > 4 and rng.random() < 0.7 else f"+{rng.randrange(20_000)}"
         options += ["--kill", f"{rank}@{step}{where}"]
+        if step + 25 < STEPS and rng.random() < 0.5:
+            options += ["--rejoin", f"{rank}@{step + 15}"]
     rest = victims[num_killed:]
     for index in range(num_unproven):
         step = rng.randrange(5, STEPS - 10)

@@ -287,7 +287,9 @@ void World::check_end() {
       fail("P6: " + name(rank) + " ends in epoch " + std::to_string(epoch) + " and not in " +
            std::to_string(newest.epoch));
     if (!newest.active.has(rank) && !is_out) fail("P6: " + name(rank) + " does not know that it is out");
-    if (schedule_.must_finish && !faulty_.has(rank) && member.end != End::finished)
+    // One who is well may still be out: the only one so far to accuse a rank that died in silence loses the tie if it
+    // is the higher of the two. Whether it might go was looked at when the view was decided.
+    if (schedule_.must_finish && !faulty_.has(rank) && !evicted_.has(rank) && member.end != End::finished)
       fail("P1: " + name(rank) + " is well, and does not get through its rounds");
   }
   for (i32 rank = 0; rank < schedule_.num_ranks && any_inside && schedule_.must_finish; ++rank)
