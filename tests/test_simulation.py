@@ -29,7 +29,7 @@ PLANTED: dict[str, tuple[str, tuple[str, ...], int, str]] = {
     "one_answer": ("liars", (), 1, "who is well"),
     "evicted_is_suspect": ("lost_stores", (), 1, "may wait for one who is out"),
     "own_kernel": ("hung_kernels", (), 1, "by link"),
-    "record_before_answer": ("crashes", (), 1, "P6"),
+    "record_before_answer": ("stops", (), 1, "two views of epoch"),
     "claims_met": ("liars", (), 1, "more or fewer rows"),
     "combine_count": ("liars", (), 1, "P2"),
     "chunk_compare": ("delays", (), 1, "both are well"),
