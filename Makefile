@@ -4,6 +4,7 @@
 #   make test     the test suite (ARGS="-k tidy" goes to pytest; drill and prove take ARGS too)
 #   make test-vllm  the tests on a real vLLM, in an environment of its own (VENV_VLLM)
 #   make prove    the long runs behind docs/measured.md
+#   make simulate  seeded schedules of whole groups, as many as two minutes allow (ARGS="--minutes 60")
 #   make lint     what a change is checked for;  make format  mends what can be mended
 #   make native   the native tests without Python
 #   make clean    forgets the build;  make distclean  forgets $(VENV) too
@@ -13,9 +14,9 @@ VENV ?= .venv
 VENV_VLLM ?= .venv-vllm
 PY := $(VENV)/bin/python
 STAMPS := $(VENV)/stamps
-CPP_FILES = $(shell find csrc kernels tests/native -name '*.[ch]pp' -o -name '*.cu' 2>/dev/null)
+CPP_FILES = $(shell find csrc kernels tests/native tests/simulator -name '*.[ch]pp' -o -name '*.cu' 2>/dev/null)
 
-.PHONY: drill test test-vllm prove lint lint-python lint-types lint-cpp format native build clean distclean
+.PHONY: drill test test-vllm prove simulate lint lint-python lint-types lint-cpp format native build clean distclean
 .DELETE_ON_ERROR:
 
 drill: build
@@ -29,6 +30,9 @@ test-vllm: build
 
 prove: build
 	$(PY) -m tests.prove $(ARGS)
+
+simulate: $(STAMPS)/tools
+	$(PY) -m tests.simulate $(ARGS)
 
 lint: lint-python lint-types lint-cpp
 

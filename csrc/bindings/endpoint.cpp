@@ -134,6 +134,7 @@ void Endpoint::start_pulse(const Decision& first, bool joining) {
   options.agreement.num_partitions = num_partitions(config_.shape);
   options.agreement.settle_ns = config_.settle_ms * kNsPerMs;
   options.agreement.timeout_ns = config_.agreement_timeout_ms * kNsPerMs;
+  options.agreement.host_of = config_.host_of;
   options.agreement.by_windows = config_.agree_by_windows;
   options.beat_ns = config_.beat_ms * kNsPerMs;
   options.link_ns = config_.link_ms * kNsPerMs;
@@ -169,9 +170,9 @@ void Endpoint::set_timeouts(i32 rank, i64 silence_ms, i64 stall_ms) {
 }
 
 // Several ticks fit into the shortest stall timeout that I know of; a peer's own table may be shorter, so there is a
-// ceiling.
+// ceiling. And four into my own link timeout, for my watcher.
 void Endpoint::update_tick() {
-  i64 shortest = 400 * kNsPerMs;
+  i64 shortest = std::min(400 * kNsPerMs, 2 * config_.link_ms * kNsPerMs);
   for (i32 rank = 0; rank < config_.shape.num_ranks; ++rank)
     shortest = std::min(shortest, static_cast<i64>(load_relaxed(&state_->stall_ns[rank])));
   context_.tick_ns = std::max(shortest / 8, kNsPerMs);

@@ -26,6 +26,7 @@ struct EndpointConfig {
   std::vector<i32> expert_local;
   i32 num_local_experts = 0;
   i64 beat_ms = 10, silence_ms = 2000, stall_ms = 30000, link_ms = 5000, settle_ms = 50, agreement_timeout_ms = 10000;
+  std::vector<i32> host_of;  // [num_ranks], the same on every rank; empty: it is not known who shares a host
   i64 join_hold_ms = 500;
   i32 num_founders = 0;  // the lowest ranks, which are in the first view
   // false: whoever owns this endpoint carries proposals to an arbiter.

@@ -122,6 +122,7 @@ Evidence Pulse::look_at(i32 rank) {
   if (wait.since_ns == 0 && awaited_promises_.has(rank)) wait.since_ns = awaited_since_ns_;
   wait.absent = load_relaxed(&state_.waiting_peer) == static_cast<u64>(rank) + 1;
   wait.word = load_relaxed(&state_.waiting_word);
+  wait.progress = load_relaxed(&own().progress);
   const u64 kind = signal_field::Attempt::unpack(wait.word) % kNumWordKinds;
   const u64 parity = signal_field::Round::unpack(wait.word) % kNumParities;
   sample.sent = load_acquire(&page.sent[options_.agreement.rank].words[kind][parity]);
