@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 import weakref
 from collections.abc import Callable
@@ -27,14 +28,16 @@ from fault_a2a.core_fields import core_fields
 from fault_a2a.core_status import error_of
 from fault_a2a.errors import ClosedError, ConstructError, FaultA2AError
 from fault_a2a.group import Group, as_group, forget_names, host_of_this_process
+from fault_a2a.joins import WayIn, tell_life
 from fault_a2a.lent_memory import LentMemory
-from fault_a2a.membership import Evidence, MembershipThread, View, arbiter_for
+from fault_a2a.lives import Membership
+from fault_a2a.membership import MembershipThread, View, arbiter_for
 from fault_a2a.placement import as_whole_number
 from fault_a2a.planted_faults import PlantedFaults
 from fault_a2a.rounds import Handle, Outcome, Received, RecvHook, SourceStats
 
 
-class Buffer(Collectives, PlantedFaults):
+class Buffer(Collectives, Membership, PlantedFaults):
     """One rank's end of the all-to-all.
 
     Construction is collective and blocks, at most ``config.construct_timeout_ms``. Everything else is per rank.
@@ -43,32 +46,44 @@ class Buffer(Collectives, PlantedFaults):
     Args:
         group: a ``fault_a2a.Group``, or a ``torch.distributed`` process group.
         config: the same on every rank.
+        join: become ``group.rank`` of a group that runs already, in the place of a life that was evicted. Blocks until
+            the members, all of whom call ``begin_step``, have let this process in; not collective.
 
     Raises:
-        ConstructError: ranks are missing, on another host, or were built with another ``config``.
+        ConstructError: ranks are missing, on another host, or were built with another ``config``; with ``join`` also
+            when the members did not let this rank in in time.
     """
 
-    def __init__(self, group: Any, config: Config) -> None:
+    def __init__(self, group: Any, config: Config, *, join: bool = False) -> None:
         self.group: Group = as_group(group)
         if not isinstance(config, Config):
             raise TypeError(f"config is a {type(config).__name__}; give a fault_a2a.Config")
+        if join and self.group.fabric is not None:
+            raise ValueError("join: virtual ranks cannot join; give a Group of processes, without a fabric")
         self.config = config
-        self.placement = config.placement_for(self.group.num_ranks)
+        self.placement = config.placement_for(self.num_ranks)
         self.num_local_experts = self.placement.num_local_experts(self.group.rank)
-        self.capacity = config.capacity(self.group.num_ranks)
+        self.capacity = config.capacity(self.num_ranks)
+        self._callbacks: list[Callable[[View], None]] = []
+        self._begin_life(join)
+
+    def _begin_life(self, join: bool) -> None:
         self._closed = False
         self._membership: MembershipThread | None = None
-        deadline = time.monotonic() + config.construct_timeout_ms / 1000
-        self.core = self._build_core(deadline)
-        try:
-            self._join(deadline)
-        except BaseException:
-            self.close()
-            forget_names(self._token)
-            raise
+        deadline = time.monotonic() + self.config.construct_timeout_ms / 1000
+        if join:
+            self._come_in(deadline)
+        else:
+            self.core = self._build_core(deadline)
+            try:
+                self._meet_group(deadline)
+            except BaseException:
+                self.close()
+                forget_names(self._token)
+                raise
         # Somebody who drops the buffer, or ends the process, leaves the group: the native threads would keep its place
         # for ever, or meet a dying interpreter.
-        weakref.finalize(self, _leave, self.core, self._membership)
+        self._finalizer = weakref.finalize(self, _leave, self.core, self._membership)
 
     # -- construction ------------------------------------------------------------------------------------------------
 
@@ -102,7 +117,7 @@ class Buffer(Collectives, PlantedFaults):
                 f"ranks {others} are on another host or see another /dev/shm than rank {group.rank}; "
                 "this release connects the processes of one host (containers must share /dev/shm)"
             )
-        fields = core_fields(config, group.num_ranks, group.rank)
+        fields = {**core_fields(config, self.num_ranks, group.rank), "num_founders": group.num_ranks}
         if group.fabric is not None:
             return core.Endpoint(fields, group.fabric.of(fields), "")
         return core.Endpoint(fields, None, self._token)
@@ -110,7 +125,7 @@ class Buffer(Collectives, PlantedFaults):
     def _introduction(self) -> str:
         """Where this process runs, a token that makes the names of this group's shared memory its own, the config."""
         token = f"{time.time_ns():x}{core.now_ns() & 0xFFFFFF:x}"
-        return f"{host_of_this_process()} {token} {json.dumps(self.config.compared(self.group.num_ranks))}"
+        return f"{host_of_this_process()} {token} {json.dumps(self.config.compared(self.num_ranks))}"
 
     def _check_same_config(self, configs: list[dict[str, str]]) -> None:
         for name, value in configs[self.rank].items():
@@ -122,16 +137,32 @@ class Buffer(Collectives, PlantedFaults):
                     f"rank {rank} and {value} here"
                 )
 
-    def _join(self, deadline: float) -> None:
+    def _come_in(self, deadline: float) -> None:
+        way = WayIn(self.group, self.config, self.num_ranks, os.getpid(), deadline)
+        self.group, self.core = way.group, way.endpoint
+        try:
+            way.go()
+            self._open_for_calls(joined=True)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open_for_calls(self, joined: bool = False) -> None:
+        self.id = ops.register(self)
+        self._memory = LentMemory(self.recv_shape, self.config.recv_dtype)
+        arbiter = arbiter_for(self.config, self.group)
+        self._membership = MembershipThread(self.core, arbiter, self.rank, self._callbacks, joined)
+
+    def _meet_group(self, deadline: float) -> None:
         try:
             self.core.create()
             self.group.meet("created", deadline)
             self.core.open_peers()
             self.group.meet("opened", deadline)
-            self.id = ops.register(self)
-            self._memory = LentMemory(self.recv_shape, self.config.recv_dtype)
-            self._membership = MembershipThread(self.core, arbiter_for(self.config, self.group), self.rank)
+            self._open_for_calls()
             self._warm_up()
+            if self.group.fabric is None:
+                tell_life(self.group, self.core, os.getpid(), self.config.compared(self.num_ranks))
             self.group.meet("warm", deadline, trouble=self._who_gave_up)
         except FaultA2AError:
             raise
@@ -407,40 +438,19 @@ class Buffer(Collectives, PlantedFaults):
     # -- what this rank knows ----------------------------------------------------------------------------------------
 
     @property
-    def rank(self) -> int:
-        return self.group.rank
-
-    @property
     def num_ranks(self) -> int:
-        return self.group.num_ranks
+        """Ranks that there is room for; which of them are in, ``view`` says."""
+        return self.config.num_ranks_for(self.group.num_ranks)
 
     @property
     def num_rounds(self) -> int:
         """The number of the next round: it counts dispatches, construction's warm-up included."""
         return int(self.core.stats()["next_round"])
 
-    @property
-    def view(self) -> View:
-        """The newest view installed on this rank. Does not block."""
-        return View.of(self.core.current())
-
-    def views(self) -> list[tuple[View, int]]:
-        """Every view with the time it was installed (CLOCK_MONOTONIC ns); one without this rank comes last."""
-        return [(View.of(decision), at_ns) for decision, at_ns in self.core.views()]
-
-    def evidence(self) -> list[Evidence]:
-        """What this rank found against peers, in order."""
-        return [Evidence(rank, kind, at_ns) for rank, kind, at_ns in self.core.evidence()]
-
     def source_stats(self) -> list[SourceStats]:
         """One line a rank. Does not block; cheap enough to read once a second."""
         lines = enumerate(self.core.source_stats())
         return [SourceStats(rank, *(ns / 1000 for ns in line[:3]), *line[3:]) for rank, line in lines]
-
-    def on_view_change(self, callback: Callable[[View], None]) -> None:
-        """Calls ``callback(view)`` on a thread of the buffer after each new view."""
-        assert self._membership is not None
-        self._membership.on_view_change(callback)
 
     def set_timeouts(self, rank: int, silence_ms: int | None = None, stall_ms: int | None = None) -> None:
         """Changes how long this rank bears with ``rank``, at once; ``None`` leaves a value as it is."""

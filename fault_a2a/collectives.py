@@ -69,7 +69,7 @@ class Collectives:
         """
         self._check_open()
         _check_contribution(x, self.config.max_collective_bytes)
-        num_ranks: int = self.group.num_ranks  # type: ignore[attr-defined]
+        num_ranks: int = self.num_ranks  # type: ignore[attr-defined]
         out = torch.empty([num_ranks, *x.shape], dtype=x.dtype)
         contributed = torch.empty([num_ranks], dtype=torch.uint8)
         num_bytes = x.numel() * x.itemsize

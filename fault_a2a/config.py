@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fault_a2a.placement import MAX_NUM_EXPERTS, Placement, as_whole_number
+from fault_a2a.placement import MAX_NUM_EXPERTS, MAX_NUM_RANKS, Placement, as_whole_number
 
 RECV_FORMATS = ("batched", "packed")
 REDUCES = ("owner", "expert")
@@ -47,6 +47,7 @@ _WHOLE_NUMBERS = {
     "settle_ms": (0, MAX_MS),
     "construct_timeout_ms": (1, MAX_MS),
     "agreement_timeout_ms": (1, MAX_MS),
+    "join_hold_ms": (1, MAX_MS),
     "num_spare_partitions": (0, MAX_SPARE_PARTITIONS),
     "max_collective_bytes": (8, MAX_COLLECTIVE_BYTES),
 }
@@ -88,6 +89,10 @@ class Config:
         settle_ms: how long an accusation other than a process exit waits for others to join it, 0 or more.
         construct_timeout_ms: how long ``Buffer(...)`` waits for the group to come together.
         agreement_timeout_ms: how long a rank waits for its peers to agree on a view before it suspends itself.
+        max_num_ranks: ranks that the group may grow to; windows, masks and placement have room for them from the
+            start, and those beyond the ranks that construct the group are not active until they join. ``None``: no more
+            than construct it.
+        join_hold_ms: how long ``begin_step`` waits at most for a change of membership that stands at a step start.
         agreement: who decides between proposals for a view. ``"windows"``: the members, over their shared memory,
             without a leader or a store; ``"store"``: the group's store, by ``compare_set``; while that is gone, views
             cannot change.
@@ -128,6 +133,8 @@ class Config:
     settle_ms: int = 50
     construct_timeout_ms: int = 60000
     agreement_timeout_ms: int = 10000
+    join_hold_ms: int = 500
+    max_num_ranks: int | None = None
     num_spare_partitions: int = 1
     max_collective_bytes: int = 4096
     agreement: str = "windows"
@@ -143,6 +150,8 @@ class Config:
             if not least <= value <= most:
                 raise ValueError(f"{name}: {value} is out of range; pass {least} to {most}.")
             object.__setattr__(self, name, value)
+        if self.max_num_ranks is not None:
+            self._set_max_num_ranks()
         for name, choices in _CHOICES.items():
             _check_choice(name, getattr(self, name), choices)
         _check_dtype(self.dtype)
@@ -152,6 +161,12 @@ class Config:
         if self.placement is not None and not isinstance(self.placement, Placement):
             object.__setattr__(self, "placement", _as_expert_rank(self.placement))
         self._check_placement_size()
+
+    def _set_max_num_ranks(self) -> None:
+        value = as_whole_number("max_num_ranks", self.max_num_ranks)
+        if not 1 <= value <= MAX_NUM_RANKS:
+            raise ValueError(f"max_num_ranks: {value} is out of range; pass 1 to {MAX_NUM_RANKS}, or None.")
+        object.__setattr__(self, "max_num_ranks", value)
 
     def _set_chunk(self) -> None:
         most = self.num_max_tokens_per_rank
@@ -261,6 +276,19 @@ class Config:
                 f"placement: places {len(expert_rank)} experts, num_experts is {self.num_experts}; "
                 "pass the rank of every expert once."
             )
+
+    def num_ranks_for(self, num_founders: int) -> int:
+        """Ranks that a group constructed by ``num_founders`` has room for.
+
+        Raises:
+            ValueError: there are more of them than ``max_num_ranks``.
+        """
+        if self.max_num_ranks is not None and self.max_num_ranks < num_founders:
+            raise ValueError(
+                f"max_num_ranks: {self.max_num_ranks} is less than the {num_founders} ranks of the group; "
+                "pass at least as many, or None."
+            )
+        return num_founders if self.max_num_ranks is None else self.max_num_ranks
 
     @property
     def hidden_bytes(self) -> int:

@@ -30,7 +30,7 @@ def core_fields(config: Config, num_ranks: int, rank: int) -> dict[str, Any]:
     }
 
 
-_TIMEOUTS = ("beat_ms", "silence_ms", "stall_ms", "link_ms", "settle_ms", "agreement_timeout_ms")
+_TIMEOUTS = ("beat_ms", "silence_ms", "stall_ms", "link_ms", "settle_ms", "agreement_timeout_ms", "join_hold_ms")
 
 
 def window_fields(config: Config, num_ranks: int) -> dict[str, int]:

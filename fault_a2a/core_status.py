@@ -26,6 +26,8 @@ def error_of(status: str, buffer: Buffer) -> Exception:
         return ClosedError("this buffer is closed.")
     if status == "not_received":
         return RuntimeError("this handle's rows have not been received; call the hook that came with it first")
+    if status == "open_round":
+        return RuntimeError("a round is open: combine or abandon its handle before begin_step")
     if status == "third_round":
         return RuntimeError("two rounds are open: combine or abandon the older handle before the next dispatch")
     return RuntimeError(

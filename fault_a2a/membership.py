@@ -99,23 +99,21 @@ class MembershipThread:
     # After an error, doubled with every further one: a store that is gone complains on stderr each time it is asked.
     MIN_PAUSE_S, MAX_PAUSE_S = 0.05, 1.0
 
-    def __init__(self, endpoint: Any, arbiter: Arbiter | None, rank: int) -> None:
+    def __init__(
+        self, endpoint: Any, arbiter: Arbiter | None, rank: int, callbacks: list[Callable[[View], None]], joined: bool
+    ) -> None:
         self._endpoint = endpoint
         self._arbiter = arbiter
         self._rank = rank
         self._log = GroupLog(endpoint, rank)
-        self._callbacks: list[Callable[[View], None]] = []
-        self._told_epoch = endpoint.current()["epoch"]
+        self._callbacks = callbacks  # the buffer's: it outlives this thread when the rank comes back
+        # To a newcomer the view that let it in is news; founders have constructed theirs.
+        self._told_epoch = endpoint.current()["epoch"] - int(joined)
         self._ending = threading.Event()
         self._pause_s = self.MIN_PAUSE_S
         self.last_error: Exception | None = None
         self._thread = threading.Thread(target=self._run, name="fault_a2a-membership", daemon=True)
         self._thread.start()
-
-    def on_view_change(self, callback: Callable[[View], None]) -> None:
-        if not callable(callback):
-            raise TypeError(f"callback is a {type(callback).__name__}; give a function of one View")
-        self._callbacks.append(callback)
 
     def stop(self) -> None:
         self._ending.set()

@@ -11,7 +11,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 # What each needs beside itself.
-PROGRAMS = {"ballots": ("csrc/host/hooks.cpp",), "agreement_schedules": ("csrc/host/*.cpp", "csrc/membership/*.cpp")}
+_MEMBERSHIP = ("csrc/host/*.cpp", "csrc/membership/*.cpp")
+PROGRAMS = {
+    "ballots": ("csrc/host/hooks.cpp",),
+    "agreement_schedules": _MEMBERSHIP,
+    "join_schedules": _MEMBERSHIP,
+}
 WENT_WRONG = 3  # the exit code when a guard is out and is missed
 
 

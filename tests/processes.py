@@ -64,13 +64,17 @@ class Report:
 class Here:
     """A rank's own side: its pipe to the test, the board, and the way to its buffer."""
 
-    def __init__(self, rank: int, num_ranks: int, config: Config, pipe: Connection, board: Board, port: int) -> None:
+    def __init__(
+        self, rank: int, num_ranks: int, config: Config, pipe: Connection, board: Board, port: int, joins: bool = False
+    ) -> None:
         self.rank, self.num_ranks, self.config, self.pipe, self.board = rank, num_ranks, config, pipe, board
+        self.joins, self.num_founders = joins, num_ranks
         self.store = dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
 
     def open(self, group: Group | None = None) -> Buffer:
         """Constructs the buffer, and tells the test that it stands."""
-        buffer = Buffer(group or Group(self.store, self.rank, self.num_ranks), self.config)
+        num_ranks = self.num_ranks if self.joins else self.num_founders
+        buffer = Buffer(group or Group(self.store, self.rank, num_ranks), self.config, join=self.joins)
         self.say("ready")
         return buffer
 
@@ -113,6 +117,8 @@ class _Seat:
     board: Board
     port: int
     words: Path  # takes its stacks when it is asked for them
+    joins: bool
+    num_founders: int
 
 
 def _live(seat: _Seat) -> None:
@@ -123,7 +129,8 @@ def _live(seat: _Seat) -> None:
         faulthandler.register(signal.SIGUSR1, file=seat.words.open("w"), all_threads=True)
         names = core.guard_names()
         core.set_guards_off(sum(1 << names.index(guard) for guard in seat.guards_off))
-        here = Here(seat.rank, seat.num_ranks, seat.config, seat.pipe, seat.board, seat.port)
+        here = Here(seat.rank, seat.num_ranks, seat.config, seat.pipe, seat.board, seat.port, seat.joins)
+        here.num_founders = seat.num_founders
         _send(seat.pipe, ("ended", seat.task(here)))
     except BaseException:
         _send(seat.pipe, ("failed", traceback.format_exc()))
@@ -143,6 +150,28 @@ def _die_with_the_server() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
+@dataclass(frozen=True)
+class Former:
+    """A process whose rank another one has taken: dead, stopped or woken, and no member any more."""
+
+    pipe: Connection
+    process: Any
+
+    def wake(self) -> None:
+        os.kill(self.process.pid, signal.SIGCONT)
+
+    def report(self) -> Report:
+        """What it knows once it has learnt that it is out, and ran no more rounds."""
+        assert self._hear() == "done"
+        _send(self.pipe, [])
+        report: Report = self._hear()
+        return report
+
+    def _hear(self) -> Any:
+        assert self.pipe.poll(_PATIENCE_S), "a former rank said nothing"
+        return pickle.loads(self.pipe.recv_bytes())
+
+
 class Ranks:
     """``num_ranks`` processes that run ``task``, and their store. A context: afterwards every process is gone.
 
@@ -151,17 +180,25 @@ class Ranks:
         config: of every rank's buffer.
         task: called with a ``Here`` on every rank; picklable, so a function of a module or a partial of one.
         guards_off: guards that are out on every rank.
+        num_founders: so many construct the group, if not all; the others join with ``grow``.
     """
 
     def __init__(
-        self, num_ranks: int, config: Config, task: Callable[[Here], Any], guards_off: Iterable[str] = ()
+        self,
+        num_ranks: int,
+        config: Config,
+        task: Callable[[Here], Any],
+        guards_off: Iterable[str] = (),
+        num_founders: int | None = None,
     ) -> None:
+        self.num_founders = num_founders or num_ranks
         self.num_ranks, self.config, self.task, self.guards_off = num_ranks, config, task, tuple(guards_off)
         self.board = Board.of(num_ranks)
         self.killed: set[int] = set()  # on purpose, by the test or by a fault it armed
         self._words = tempfile.TemporaryDirectory()
         self._pipes: list[Connection] = []
         self._processes: list[Any] = []
+        self._former: list[Former] = []
         self._token = ""
 
     def __enter__(self) -> Self:
@@ -170,9 +207,11 @@ class Ranks:
         try:
             self._host.start()
             theirs.close()
-            port = self._receive(self._host_pipe, "the store's host")
-            for rank in range(self.num_ranks):
-                self._start(rank, port)
+            self._port = self._receive(self._host_pipe, "the store's host")
+            for rank in range(self.num_founders):
+                pipe, process = self._start(rank)
+                self._pipes.append(pipe)
+                self._processes.append(process)
         except BaseException:
             self._clean_up()
             raise
@@ -187,15 +226,30 @@ class Ranks:
         assert not bad, f"exit codes of ranks that nobody killed: {bad}"
         assert not left, f"names left in /dev/shm: {left}"
 
-    def _start(self, rank: int, port: int) -> None:
+    def _start(self, rank: int, joins: bool = False) -> tuple[Connection, Any]:
         ours, theirs = _SERVER.Pipe()
-        words = Path(self._words.name) / str(rank)
-        seat = _Seat(rank, self.num_ranks, self.config, self.task, self.guards_off, theirs, self.board, port, words)
+        words = Path(self._words.name) / f"{rank}-{len(self._former)}"
+        who = (rank, self.num_ranks, self.config, self.task, self.guards_off)
+        seat = _Seat(*who, theirs, self.board, self._port, words, joins, self.num_founders)
         process = _SERVER.Process(target=_live, args=(seat,), daemon=True)
         process.start()
         theirs.close()
-        self._pipes.append(ours)
+        return ours, process
+
+    def replace(self, rank: int) -> Former:
+        """A new process joins as this rank. Returns what was there before, dead or not; it is ended with the rest."""
+        former = Former(self._pipes[rank], self._processes[rank])
+        self._former.append(former)
+        self.killed.discard(rank)
+        self._pipes[rank], self._processes[rank] = self._start(rank, joins=True)
+        return former
+
+    def grow(self) -> int:
+        """A process joins as the lowest rank that never was; returns which."""
+        pipe, process = self._start(len(self._pipes), joins=True)
+        self._pipes.append(pipe)
         self._processes.append(process)
+        return len(self._pipes) - 1
 
     # -- talking -----------------------------------------------------------------------------------------------------
 
@@ -246,7 +300,7 @@ class Ranks:
     # -- rounds ------------------------------------------------------------------------------------------------------
 
     def wait_ready(self) -> None:
-        self.hear_all(range(self.num_ranks), "ready")
+        self.hear_all(range(self.num_founders), "ready")
 
     def wait_begun(self, round_number: int, *ranks: int) -> None:
         """Until each of the ranks has begun that round, or runs no more rounds at all."""
@@ -331,7 +385,7 @@ class Ranks:
         for rank, process in enumerate(self._processes):
             if rank not in self.killed:
                 process.join(max(0.0, deadline - time.monotonic()))  # it said its last word and is about to end
-        for process in self._processes:
+        for process in [*self._processes, *(one.process for one in self._former)]:
             if process.is_alive():
                 process.kill()
                 process.join(_PATIENCE_S)
@@ -341,7 +395,7 @@ class Ranks:
         if self._host.is_alive():
             self._host.kill()
         self._host.join(_PATIENCE_S)
-        for pipe in [self._host_pipe, *self._pipes]:
+        for pipe in [self._host_pipe, *self._pipes, *(one.pipe for one in self._former)]:
             pipe.close()
         self._words.cleanup()
         return left

@@ -42,7 +42,11 @@ def drill(*options: str) -> dict[str, Any]:
     except ValueError:
         return {"ok": False, "problems": [f"exit {done.returncode}: {done.stderr[-500:]}"]}
     kept = ("ok", "problems", "detect_ms", "agree_ms", "first_good_step_ms", "corrupt_rows", "false_suspicions")
-    return {key: report[key] for key in kept} | {"survivors": report["survivors"], "steps": report["steps_completed"]}
+    back = [line for line in report["faults"] if line["back_ms"] is not None]
+    joins = {key: line[key] for line in back for key in ("back_ms", "longest_step_ms")}
+    joins |= {"median_step_ms": report["step_ms"]["median"]} if back else {}
+    last = {"survivors": report["survivors"], "steps": report["steps_completed"]}
+    return {key: report[key] for key in kept} | last | joins
 
 
 def scenario(wrong: list[str]) -> dict[str, Any]:
@@ -97,6 +101,31 @@ def cascade(seed: int) -> dict[str, Any]:
     return scenario(no_cascade(1, seed, action="stop" if seed % 4 == 3 else "kill"))
 
 
+def zombie(seed: int) -> dict[str, Any]:
+    from tests.join_scenarios import zombie as run
+
+    return scenario(run(seed, num_spare_partitions=seed % 2))
+
+
+def death_on_the_way(seed: int) -> dict[str, Any]:
+    from tests.join_scenarios import dies_while_one_joins
+
+    return scenario(dies_while_one_joins((4, 0, 3)[seed % 3], seed=seed))
+
+
+def join_schedules(seed: int) -> dict[str, Any]:
+    from tests.ballots import run
+
+    walked = run("join_schedules", "1000", str(1 + 1000 * seed))
+    return scenario([walked.stdout] if walked.returncode else [])
+
+
+def story(seed: int) -> dict[str, Any]:
+    """Two kills, a stop, a cut, and one who comes back."""
+    faults = ("--kill", "0@50", "--kill", "5@50", "--stop", "2@120:6000", "--cut", "4-6@200", "--rejoin", "0@300")
+    return drill("--ranks", "8", "--steps", "400", *faults, "--seed", str(seed))
+
+
 NUM_E4M3_RUNS = 16
 
 
@@ -138,6 +167,10 @@ def jobs() -> list[Job]:
             collective,
         ),
         Job("evictions", "free-running ranks, two open rounds, deaths until two are left (6 each)", 84, evictions),
+        Job("zombie", "stopped in mid-row, replaced, woken while the new one sends, every row checked", 100, zombie),
+        Job("joins", "six joins in a row, in each a member, the proposer or the newcomer dies", 30, death_on_the_way),
+        Job("schedules", "lives begin and end on 1,000 seeded schedules of the agreement", 50, join_schedules),
+        Job("story", "`--kill 0@50 --kill 5@50 --stop 2@120:6000 --cut 4-6@200 --rejoin 0@300`", 5, story),
         Job("e4m3", "the cast to e4m3 of all 2^32 float32 patterns is torch's (2^28 each)", NUM_E4M3_RUNS, e4m3),
     ]
 

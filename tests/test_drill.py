@@ -116,6 +116,17 @@ def test_a_stop_is_noticed_by_its_silence_and_not_before(answers):
         assert answers[name]["detect_ms"] >= 200
 
 
+def test_a_new_process_comes_back_as_the_rank_that_died():
+    drill = ["--steps", "200", "--compute-us", "4000", "--kill", "1@10", "--rejoin", "1@30"]
+    (answer,) = run_drills([[*SMALL, *drill]])
+    assert answer["ok"] and answer["exit_code"] == 0, answer["problems"]
+    assert answer["survivors"] == [0, 1, 2, 3] and answer["evicted"] == []
+    assert [view["active"] for view in answer["views"]] == [[0, 1, 2, 3], [0, 2, 3], [0, 1, 2, 3]]
+    assert answer["steps_completed"] == 200 and answer["corrupt_rows"] == answer["false_suspicions"] == 0
+    kill, rejoin = answer["faults"]
+    assert kill["evicted"] == 1 and rejoin["evicted"] is None and rejoin["back_ms"] > 0
+
+
 def test_what_is_counted(answers):
     answer = answers["kill"]
     assert answer["ranks"] == 4 and answer["epochs"] == 1
@@ -172,7 +183,7 @@ def test_help_lists_the_phases():
     [
         (["--kill", "9@1"], "there is no rank 9 among 8"),
         (["--kill", "1@1:lunch"], 'there is no phase "lunch"'),
-        (["--rejoin", "1@1"], "comes with the membership release"),
+        (["--rejoin", "1@1"], "rank 1 has not lost its place by then"),
         (["--repair"], "--repair: repairing a step from replicas comes with a later release"),
         (["--replicas", "2"], "--replicas: .* comes with a later release"),
         (["--backend", "triton"], "kernels for 'triton' come with a later release; pass cpu"),

@@ -87,9 +87,23 @@ def test_refusals_name_the_option_and_show_a_right_one(option, text, why):
         assert parse_faults(**{option: [right]}, **GROUP), "the example it shows is accepted"
 
 
-def test_rejoin_is_read_and_refused_for_now():
-    with pytest.raises(ValueError, match=r"^--rejoin 3@80: .* comes with the membership release; leave --rejoin out"):
-        parse_faults(kill=["3@50"], rejoin=["3@80"], **GROUP)
+def test_rejoin_follows_a_fault_that_cost_the_place():
+    rejoin = parse_faults(kill=["3@50"], rejoin=["3@80"], **GROUP)[-1]
+    assert (rejoin.kind, rejoin.rank, rejoin.step, rejoin.needs_hooks) == ("rejoin", 3, 80, False)
+
+
+@pytest.mark.parametrize(
+    ("faults", "why"),
+    [
+        ({"rejoin": ["3@80"]}, "has not lost its place"),
+        ({"kill": ["3@80"], "rejoin": ["3@80"]}, "has not lost its place"),
+        ({"kill": ["3@50"], "rejoin": ["3@80", "3@90"]}, "has not lost its place"),
+        ({"kill": ["3@50", "3@90"], "rejoin": ["3@80"]}, "is not struck again"),
+    ],
+)
+def test_rejoin_that_does_not_fit_is_refused(faults, why):
+    with pytest.raises(ValueError, match=why):
+        parse_faults(**faults, **GROUP)
 
 
 def test_any_phase_will_do_until_they_are_known():

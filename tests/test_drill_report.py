@@ -393,3 +393,49 @@ def test_events_are_told_once():
     first = story.hear(0, seen([(1, "exit", at(5))], [view(1, [0, 2, 3], 7)]), at(5))
     assert first == ["rank 0 drops rank 1: its process is gone", "epoch 1 begins with ranks 0 2 3: reason 1"]
     assert story.hear(2, seen([(1, "exit", at(5))], [view(1, [0, 2, 3], 7)]), at(5)) == []
+
+
+# -- a rank that comes back --------------------------------------------------------------------------------------------
+
+
+def came_back(last_active=(0, 1, 2, 3), joined_at=7) -> tuple[Drill, Story]:
+    """Rank 1 is killed in step 5; a new process takes its place from step 8 on."""
+    drill, story = killed()
+    drill = make_drill(kill=[f"1@{FAULT_STEP}"], rejoin=["1@7"])
+    story.faults.append(FaultStory(drill.faults[-1], at_ns=at(joined_at)))
+    story.former.append(story.ranks[1])
+    story.ranks[1] = RankStory(1, joined=True)
+    last = view(2, list(last_active), 9, at(8), incarnations=[11, 99, 13, 14])
+    tell(story, 1, {"is": "ready", "at": at(8), "round": 9}, seen(views=[last]))
+    for rank in (0, 2, 3):
+        tell(story, rank, seen(views=[last]))
+    tell(story, 1, *[step_told(step) for step in range(8, NUM_STEPS)])
+    end(story, 1)
+    return drill, story
+
+
+def test_a_rank_that_comes_back_is_a_survivor_and_its_former_life_stays_in_the_account():
+    answer = report(*came_back())
+    assert answer["ok"], answer["problems"]
+    assert answer["survivors"] == [0, 1, 2, 3] and answer["evicted"] == []
+    assert answer["steps_completed"] == NUM_STEPS, "of those who never left"
+    kill, rejoin = answer["faults"]
+    assert kill["evicted"] == 1 and 0 < kill["agree_ms"] < 100, "the newcomer's first view is no answer to the kill"
+    assert rejoin["back_ms"] == pytest.approx(10)
+
+
+def test_a_rank_that_comes_back_and_is_not_in_the_last_view_is_a_problem():
+    answer = report(*came_back(last_active=(0, 2, 3)))
+    assert any("came back" in problem and "not in the last view" in problem for problem in answer["problems"])
+
+
+def test_a_newcomer_that_never_comes_in_is_a_problem():
+    drill, story = came_back()
+    story.faults[-1].happened = False
+    assert "rank 1 did not come back ('rejoin 1@7')" in report(drill, story)["problems"]
+
+
+def test_a_corrupt_row_of_a_former_life_counts():
+    drill, story = came_back()
+    story.former[0].steps[2] = replace(story.former[0].steps[2], num_corrupt=1)
+    assert report(drill, story)["corrupt_rows"] == 1

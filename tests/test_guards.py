@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fault_a2a._core import core
-from tests import collective_scenarios, scenarios
+from tests import collective_scenarios, join_scenarios, scenarios
 from tests.ballots import WENT_WRONG, run
 from tests.scenarios import Wrong, without
 
@@ -52,13 +52,22 @@ TABLE: dict[str, tuple[Callable[[], Wrong], tuple[str, ...]]] = {
 # Without these two views of one epoch can be decided. No group of threads would meet that schedule in a lifetime, so
 # the test walks them all (tests/native/ballots.cpp; with the guards in, in tests/test_agreement.py).
 EXPLORED = ("record_before_answer", "frozen_records", "records_at_accept")
+# Found by seeded schedules of lives that begin and end (tests/native/join_schedules.cpp, tests/test_joins.py).
+SCHEDULED = ("visitor_kept",)
+# About lives that end and begin, which takes processes.
+JOINS: dict[str, Callable[..., Wrong]] = {
+    "fresh_partition": join_scenarios.zombie,
+    "step_start": join_scenarios.one_late_rank,
+    "hold_bound": join_scenarios.one_rank_marks_few_steps,
+}
 # Without these a peer's number walks off the window, and red may be a dead process: each runs in one of its own.
 # guard -> (lie, other guards that must be out).
 DEADLY = {"clamp_count": ("count", ("check_index",)), "check_index": ("expert", ())}
 
 
 def test_every_guard_is_listed() -> None:
-    assert set(TABLE) | set(DEADLY) | set(EXPLORED) == set(core.guard_names())
+    listed = [*TABLE, *DEADLY, *EXPLORED, *JOINS, *SCHEDULED]
+    assert sorted(listed) == sorted(core.guard_names())
 
 
 @pytest.mark.parametrize("guard", TABLE)
@@ -82,6 +91,16 @@ def test_scenario_is_red_without_the_guard(guard: str) -> None:
 def test_two_views_are_decided_without(guard: str) -> None:
     walked = run("ballots", "without", guard)
     assert walked.returncode == WENT_WRONG, walked.stdout + walked.stderr
+
+
+@pytest.mark.parametrize("guard", JOINS)
+def test_joins_are_clean_with_the_guard(guard: str) -> None:
+    assert JOINS[guard]() == []
+
+
+@pytest.mark.parametrize("guard", JOINS)
+def test_joins_are_red_without_the_guard(guard: str) -> None:
+    assert any(JOINS[guard](guards_off=[guard]) for _ in range(3))
 
 
 def lie_in_a_process(lie: str, guards_out: tuple[str, ...]) -> int:

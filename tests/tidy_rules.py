@@ -63,7 +63,7 @@ ROOM_INCLUDES = {
     "csrc/host/": ("protocol/", "host/"),
     "csrc/transport/": ("protocol/", "host/", "transport/"),
     # Detector, verdict and agreement are pure: messages and time in, effects out. Only the pulse meets the world.
-    "csrc/membership/pulse.": ("protocol/", "host/", "membership/"),
+    "csrc/membership/pulse": ("protocol/", "host/", "membership/"),
     "csrc/membership/": ("protocol/", "membership/"),
     # Kernels store through the two faces of transport and know none of its kinds.
     "kernels/": ("protocol/", "host/", "kernels/", "transport/fabric.hpp", "transport/wire.hpp"),

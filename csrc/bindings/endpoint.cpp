@@ -32,7 +32,7 @@ void Endpoint::create() {
   if (group_) {
     fabric_ = make_local_fabric(group_, config_.rank);
   } else {
-    auto shared = make_shared_fabric(config_.shape, token_, config_.rank);
+    auto shared = make_shared_fabric(config_.shape, token_, config_.rank, config_.num_founders);
     shared_ = shared.get();
     fabric_ = std::move(shared);
   }
@@ -40,14 +40,16 @@ void Endpoint::create() {
   for (i32 writer = 0; config_.poison && writer < num_partitions(config_.shape); ++writer)
     memset(fabric_->inbound(writer), 0xff, at.num_bytes);
   ControlPage& page = shared_ != nullptr ? shared_->own_page() : fabric_->page(config_.rank);
+  fill_page(page, Life::constructing);
+}
+
+void Endpoint::fill_page(ControlPage& page, Life life) {
   page.shape_hash = shape_hash(config_.shape);
   page.incarnation = new_incarnation();
   page.rank = static_cast<u32>(config_.rank);
   page.pid = static_cast<u32>(process_id());
-  for (SentWords& sent : page.sent)
-    for (auto& words : sent.words)
-      for (u32 parity = 0; parity < kNumParities; ++parity) words[parity] = fresh_word(config_.first_round, parity);
-  __atomic_store_n(&page.life, static_cast<u32>(Life::constructing), __ATOMIC_RELEASE);
+  for (SentWords& sent : page.sent) forget_sent(sent, {config_.first_round, 0});
+  __atomic_store_n(&page.life, static_cast<u32>(life), __ATOMIC_RELEASE);
   store_release(&page.magic, kControlMagic);
 }
 
@@ -69,7 +71,7 @@ Decision Endpoint::first_decision() const {
   Decision first;
   first.view.epoch = config_.first_epoch;
   first.view.first_round = config_.first_round;
-  first.view.active = RankSet::first(config_.shape.num_ranks);
+  first.view.active = RankSet::first(config_.num_founders);
   for (i32 rank = 0; rank < config_.shape.num_ranks; ++rank) {
     first.view.incarnations[rank] = fabric_->page(rank).incarnation;
     first.view.partitions[rank] = static_cast<u16>(rank);
@@ -80,7 +82,7 @@ Decision Endpoint::first_decision() const {
 
 void Endpoint::open_peers() {
   if (shared_ != nullptr) shared_->open_peers();
-  for (i32 peer = 0; peer < config_.shape.num_ranks; ++peer) {
+  for (i32 peer = 0; peer < config_.num_founders; ++peer) {
     const ControlPage& page = fabric_->page(peer);
     if (load_acquire(&page.magic) == kControlMagic && page.shape_hash == shape_hash(config_.shape)) continue;
     throw std::runtime_error("rank " + std::to_string(peer) +
@@ -88,12 +90,19 @@ void Endpoint::open_peers() {
   }
   const Decision first = first_decision();
   for (i32 writer = 0; writer < num_partitions(config_.shape); ++writer) {
-    const u64 incarnation = writer < config_.shape.num_ranks ? first.view.incarnations[writer] : 0;
-    prepare_partition(fabric_->inbound(writer), config_.shape, config_.rank, writer, incarnation, config_.first_round);
+    const u64 incarnation = writer < config_.num_founders ? first.view.incarnations[writer] : 0;
+    prepare_partition(fabric_->inbound(writer), config_.shape, config_.rank, writer, incarnation,
+                      {config_.first_round, 0});
     if (config_.poison) leave_stale_signals(fabric_->inbound(writer));
   }
   state_->started = config_.first_round;
+  context_.next_round = config_.first_round;
   state_->ring.views[0] = first.view;
+  set_up_context();
+  start_pulse(first, /*joining=*/false);
+}
+
+void Endpoint::set_up_context() {
   for (i32 rank = 0; rank < kMaxRanks; ++rank) {
     // Until the group serves, only exits count: compilation and first touch are slow and nobody's fault.
     state_->silence_ns[rank] = state_->stall_ns[rank] = static_cast<u64>(1) << 62;
@@ -113,19 +122,24 @@ void Endpoint::open_peers() {
   context_.state = state_.get();
   context_.fabric = fabric_.get();
   context_.wire = wire_.get();
-  context_.next_round = config_.first_round;
   context_.stalls.assign(static_cast<size_t>(config_.shape.num_ranks), StallWatch());
   context_.sources.assign(static_cast<size_t>(config_.shape.num_ranks), SourceStats());
+}
 
+void Endpoint::start_pulse(const Decision& first, bool joining) {
   PulseOptions options;
   options.agreement.rank = config_.rank;
   options.agreement.num_ranks = config_.shape.num_ranks;
+  options.agreement.num_partitions = num_partitions(config_.shape);
   options.agreement.settle_ns = config_.settle_ms * kNsPerMs;
   options.agreement.timeout_ns = config_.agreement_timeout_ms * kNsPerMs;
   options.agreement.by_windows = config_.agree_by_windows;
   options.beat_ns = config_.beat_ms * kNsPerMs;
   options.link_ns = config_.link_ms * kNsPerMs;
+  options.join_hold_ns = config_.join_hold_ms * kNsPerMs;
   options.between_processes = fabric_->between_processes();
+  options.doors = this;
+  options.joining = joining;
 #if defined(FA2A_TEST_HOOKS) && FA2A_TEST_HOOKS
   wire_->faults.rank = config_.rank;
   options.unreadable = &wire_->faults.cut;

@@ -25,6 +25,8 @@ struct EndpointConfig {
   std::vector<i32> expert_local;
   i32 num_local_experts = 0;
   i64 beat_ms = 10, silence_ms = 2000, stall_ms = 30000, link_ms = 5000, settle_ms = 50, agreement_timeout_ms = 10000;
+  i64 join_hold_ms = 500;
+  i32 num_founders = 0;  // the lowest ranks, which are in the first view
   // false: whoever owns this endpoint carries proposals to an arbiter.
   bool agree_by_windows = true;
   u64 first_round = 0;  // tests start just before a field's end
@@ -32,7 +34,16 @@ struct EndpointConfig {
   bool poison = false;  // fill fresh partitions with NaN, and their signal words with stale signals
 };
 
-class Endpoint {
+// How far a newcomer has come.
+enum class JoinStage : u32 { no_members, member_unknown, waits, in, out };
+
+struct JoinProgress {
+  JoinStage stage = JoinStage::waits;
+  i32 rank = 0;         // member_unknown: whose control page must be mapped
+  u64 incarnation = 0;  // and of which life
+};
+
+class Endpoint : private Doors {
  public:
   // Virtual ranks share `group`; otherwise `token` names the shared memory of the group.
   Endpoint(const EndpointConfig& config, std::shared_ptr<LocalGroup> group, const std::string& token);
@@ -42,6 +53,17 @@ class Endpoint {
   void create();      // what this rank owns
   void open_peers();  // after all have created: map, check, prepare, start the pulse
   void serve();       // after all have opened: names are forgotten, rounds may begin
+
+  // A rank that comes later does this instead (endpoint_joins.cpp).
+  void create_newcomer();
+  bool open_member(i32 rank, i32 pid, i32 fd, u64 incarnation);  // false: that life is gone
+  JoinProgress go_on_joining();
+  void serve_as_newcomer();
+  // Marks a step start. Waits only while a change of membership can be made here, at most join_hold_ms; true in
+  // `left_out` when this rank had asked to leave and is out.
+  Status begin_step(bool& left_out);
+  void ask_to_leave() { pulse_->ask_to_leave(); }
+  i32 page_fd() const { return fabric_->page_fd(); }
 
   DispatchResult dispatch_send(const DispatchArgs& args);
   DispatchResult dispatch_receive(const ReceiveArgs& args);
@@ -69,6 +91,15 @@ class Endpoint {
   void leave_stale_signals(u8* partition) const;
   void crash();
   void update_tick();
+  void fill_page(ControlPage& page, Life life);
+  void set_up_context();
+  void start_pulse(const Decision& first, bool joining);
+  bool open_page(i32 rank, i32 pid, i32 fd) noexcept override;
+  void fill_window(const View& members, u64 first_round, u64 first_collective) noexcept override;
+  bool prepare_for(const Newcomer& newcomer);
+  void fill_for(const Newcomer& newcomer);
+  bool reach(i32 owner, i32 partition);
+  Status wait_out_hold();
 
   EndpointConfig config_;
   std::shared_ptr<LocalGroup> group_;
@@ -82,6 +113,12 @@ class Endpoint {
   std::mutex calls_;  // one kernel at a time
   bool closed_ = false;
   bool crashed_ = false;
+  // Of a member, for whom a partition is ready; of a newcomer, which members it reaches and which know of it.
+  u64 prepared_for_ = 0;  // incarnation
+  i32 prepared_partition_ = -1;
+  NewcomerFabric* newcomer_ = nullptr;
+  std::vector<u64> knocked_at_;  // per rank: the incarnation that was knocked at
+  std::vector<u64> reached_;     // per rank: the incarnation whose offer is mapped
 };
 
 }  // namespace fa2a

@@ -15,7 +15,36 @@ void bind_verdict(py::module_& m);
 void bind_protocol(py::module_& m);
 void bind_rows(py::module_& m);
 DType dtype_named(const std::string& name);
+void bind_joins(py::class_<Endpoint, std::shared_ptr<Endpoint>>& endpoint);
 void bind_faults(py::module_& m, py::class_<Endpoint, std::shared_ptr<Endpoint>>& endpoint);
+
+const char* name_of(Status status) {
+  switch (status) {
+    case Status::ok:
+      return "ok";
+    case Status::bad_expert:
+      return "bad_expert";
+    case Status::repeated_expert:
+      return "repeated_expert";
+    case Status::third_round:
+      return "third_round";
+    case Status::bad_handle:
+      return "bad_handle";
+    case Status::not_received:
+      return "not_received";
+    case Status::evicted:
+      return "evicted";
+    case Status::closed:
+      return "closed";
+    case Status::quorum_lost:
+      return "quorum_lost";
+    case Status::open_round:
+      return "open_round";
+    case Status::other_bytes:
+      return "other_bytes";
+  }
+  return "?";
+}
 
 namespace {
 
@@ -108,39 +137,15 @@ EndpointConfig config_of(const py::dict& fields) {
   config.silence_ms = fields["silence_ms"].cast<i64>();
   config.stall_ms = fields["stall_ms"].cast<i64>();
   config.link_ms = fields["link_ms"].cast<i64>();
+  config.join_hold_ms = fields["join_hold_ms"].cast<i64>();
   config.settle_ms = fields["settle_ms"].cast<i64>();
   config.agreement_timeout_ms = fields["agreement_timeout_ms"].cast<i64>();
   config.agree_by_windows = fields["agree_by_windows"].cast<bool>();
+  config.num_founders = fields.contains("num_founders") ? fields["num_founders"].cast<i32>() : config.shape.num_ranks;
   if (fields.contains("first_round")) config.first_round = fields["first_round"].cast<u64>();
   if (fields.contains("first_epoch")) config.first_epoch = fields["first_epoch"].cast<u64>();
   if (fields.contains("poison")) config.poison = fields["poison"].cast<bool>();
   return config;
-}
-
-const char* name_of(Status status) {
-  switch (status) {
-    case Status::ok:
-      return "ok";
-    case Status::bad_expert:
-      return "bad_expert";
-    case Status::repeated_expert:
-      return "repeated_expert";
-    case Status::third_round:
-      return "third_round";
-    case Status::bad_handle:
-      return "bad_handle";
-    case Status::not_received:
-      return "not_received";
-    case Status::evicted:
-      return "evicted";
-    case Status::closed:
-      return "closed";
-    case Status::quorum_lost:
-      return "quorum_lost";
-    case Status::other_bytes:
-      return "other_bytes";
-  }
-  return "?";
 }
 
 const char* name_of(Evidence kind) {
@@ -315,6 +320,7 @@ void bind_endpoint(py::module_& m) {
            })
       .def("is_leaving", [](Endpoint& e) { return e.pulse().ending(); })
       .def("proposal_failed", [](Endpoint& e) { e.pulse().proposal_failed(); });
+  bind_joins(endpoint);
   bind_faults(m, endpoint);
 }
 

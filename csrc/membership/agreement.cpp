@@ -75,13 +75,69 @@ bool Agreement::should_change(const std::vector<MemberReport>& reports, const Ed
   return false;
 }
 
+// May this epoch's promise be given for the change that this rank holds for? When every member, and a newcomer with
+// them, says of itself that it holds for the same one at the same round: then that round is the first of a step on all
+// of them, and nobody has begun it. Or when a member, who saw that, has promised so: what it saw cannot be unseen.
+StepChange Agreement::change_to_promise(const std::vector<MemberReport>& reports) const {
+  const StepHold& own = reports[static_cast<size_t>(options_.rank)].hold;
+  if (own.change.kind == ChangeKind::none || own.epoch_plus_one != current_.view.epoch + 1) return StepChange();
+  const auto newcomer = static_cast<i32>(own.change.rank);
+  bool all_hold = own.change.kind == ChangeKind::leave || reports[static_cast<size_t>(newcomer)].hold == own;
+  bool is_promised = false;
+  for (i32 rank = 0; rank < options_.num_ranks; ++rank) {
+    if (!current_.view.active.has(rank)) continue;
+    const MemberReport& report = reports[static_cast<size_t>(rank)];
+    all_hold &= report.hold == own;
+    is_promised |=
+        has_promised(report) && report.promise.change == own.change && promised_round(report.promise) == own.round;
+  }
+  return all_hold || is_promised || !guarded(guard_step_start) ? own.change : StepChange();
+}
+
+// The change for which all of the next members have promised, at one round. One promise for anything else, and the view
+// is decided without it: that member may be in the midst of a step.
+StepChange Agreement::promised_change(const std::vector<MemberReport>& reports, const RankSet& next) const {
+  const Promise& own = promise_;
+  if (own.change.kind == ChangeKind::none || own.epoch_plus_one != current_.view.epoch + 1) return StepChange();
+  for (i32 rank = 0; rank < options_.num_ranks; ++rank) {
+    if (!next.has(rank) || !guarded(guard_step_start)) continue;
+    const Promise& promise = reports[static_cast<size_t>(rank)].promise;
+    const bool same = has_promised(reports[static_cast<size_t>(rank)]) && promise.change == own.change &&
+                      promised_round(promise) == promised_round(own);
+    if (!same) return StepChange();
+  }
+  return own.change;
+}
+
+void Agreement::apply_change(const StepChange& change, Decision& proposal) const {
+  if (change.kind == ChangeKind::none) return;
+  const auto rank = static_cast<i32>(change.rank);
+  View& view = proposal.view;
+  if (change.kind == ChangeKind::join) {
+    view.partitions[rank] = static_cast<u16>(partition_for_newcomer(current_.view, rank, options_.num_partitions));
+    view.incarnations[rank] = change.incarnation;
+    view.active.add(rank);
+  } else {
+    view.active.remove(rank);
+  }
+  const char* what = change.kind == ChangeKind::join ? " joined" : " left as it had asked to";
+  const bool alone = (current_.view.active | view.active).without(current_.view.active & view.active).size() == 1;
+  const std::string before = alone ? "" : std::string(proposal.reason) + "; ";
+  const std::string reason = before + "rank " + std::to_string(rank) + what;
+  memset(proposal.reason, 0, sizeof proposal.reason);
+  strncpy(proposal.reason, reason.c_str(), sizeof proposal.reason - 1);
+}
+
 // Members spread a decision over their control pages: only a proposer counts votes, or talks to an arbiter outside.
 bool Agreement::adopt_from_peers(const std::vector<MemberReport>& reports, AgreementStep& out) {
   for (i32 rank = 0; rank < options_.num_ranks; ++rank) {
     const Decision* decision = reports[static_cast<size_t>(rank)].decision;
     if (decision == nullptr || rank == options_.rank || decision->view.epoch <= current_.view.epoch) continue;
-    // A member's promise is part of every decision that keeps it, so a rank that missed one is not a member.
-    if (!decision->view.active.has(options_.rank)) {
+    // A member's promise is part of every decision that keeps it, so a rank that missed one is not a member. If its
+    // number is in there, it is another life's by now.
+    const View& view = decision->view;
+    const u64 my_life = current_.view.incarnations[options_.rank];
+    if (!view.active.has(options_.rank) || view.incarnations[options_.rank] != my_life) {
       out.evicted = true;
       out.decision = *decision;
       return true;
@@ -115,6 +171,7 @@ Decision Agreement::make_proposal(const std::vector<MemberReport>& reports, cons
   }
   memset(proposal.reason, 0, sizeof proposal.reason);
   strncpy(proposal.reason, prospect.reason.c_str(), sizeof proposal.reason - 1);
+  apply_change(promised_change(reports, prospect.next), proposal);
   return proposal;
 }
 
@@ -212,12 +269,13 @@ AgreementStep Agreement::step(const std::vector<MemberReport>& reports, i64 now_
     if (reports[static_cast<size_t>(rank)].proven_dead && current_.view.active.has(rank)) proven.add(rank);
   const Edges edges = read_edges(reports, now_ns);
   const bool promised = promise_.epoch_plus_one == current_.view.epoch + 1;
-  if (!promised && !should_change(reports, edges, proven)) return out;
-  if (changing_since_ns_ == 0) changing_since_ns_ = now_ns;
   if (!promised) {
-    out.promise = true;
+    out.promise = should_change(reports, edges, proven);
+    out.change = change_to_promise(reports);
+    if (out.promise && changing_since_ns_ == 0) changing_since_ns_ = now_ns;
     return out;
   }
+  if (changing_since_ns_ == 0) changing_since_ns_ = now_ns;
   const Prospect prospect = consider(reports, edges, proven, now_ns, out);
   if (options_.by_windows)
     take_ballot_on(reports, edges, prospect, now_ns, out);

@@ -15,6 +15,7 @@ namespace fa2a {
 struct AgreementOptions {
   i32 rank = 0;
   i32 num_ranks = 0;
+  i32 num_partitions = 0;  // of each window
   i64 settle_ns = 50 * 1000000;
   i64 timeout_ns = 10000ll * 1000000;  // without a decision for this long, quorum counts as lost
   i64 stagger_ns = 20 * 1000000;       // the i-th member of the next view proposes i times later
@@ -23,6 +24,7 @@ struct AgreementOptions {
 
 struct AgreementStep {
   bool promise = false;  // give this epoch's promise now
+  StepChange change;     // or give it for this change, if this rank still holds for it; kind none: for nothing
   RankSet answered;      // whose ballots I voted on: publish record(), then wake them
   bool asks = false;     // publish record(), then request(), and wake everybody
   bool propose = false;  // hand `proposal` to the arbiter outside
@@ -61,6 +63,9 @@ class Agreement {
   };
   Edges read_edges(const std::vector<MemberReport>& reports, i64 now_ns);
   bool should_change(const std::vector<MemberReport>& reports, const Edges& edges, const RankSet& proven) const;
+  StepChange change_to_promise(const std::vector<MemberReport>& reports) const;
+  StepChange promised_change(const std::vector<MemberReport>& reports, const RankSet& next) const;
+  void apply_change(const StepChange& change, Decision& proposal) const;
   bool adopt_from_peers(const std::vector<MemberReport>& reports, AgreementStep& out);
   struct Prospect {
     RankSet next;

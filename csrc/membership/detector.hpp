@@ -42,6 +42,8 @@ class Detector {
   void look(i64 now_ns);
   // Evidence of a broken link ends with the view: the wait that showed it is over, and nothing tells that it is mended.
   void new_view();
+  // Another life of that rank: what was held against the one before does not count.
+  void forget(i32 rank) { peers_[static_cast<size_t>(rank)] = Peer(); }
   Evidence judge(i32 peer, const PeerSample& sample, const OwnWait& wait, const Timeouts& timeouts);
 
  private:

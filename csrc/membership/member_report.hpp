@@ -9,6 +9,7 @@ struct MemberReport {
   bool proven_dead = false;  // exit or left, verified by this rank itself, before it read the rest
   bool accused = false;      // this rank's kernels or watcher hold a suspicion against it
   Promise promise;
+  StepHold hold;                                     // where it holds for a change; nowhere by default
   const u64* accusations = nullptr;                  // its row of the matrix; nullptr: cannot be read
   const Decision* decision = nullptr;                // the newest view it knows to be decided; nullptr: cannot be read
   const AcceptorRecord<Decision>* votes = nullptr;   // nullptr: cannot be read

@@ -17,10 +17,14 @@ Pulse::Pulse(std::vector<ControlPage*> pages, RankState& state, const PulseOptio
       detector_(options.agreement.num_ranks),
       reports_(pages_.size()),
       copies_(pages_.size()),
-      agreement_(options.agreement, first) {
+      visitors_(pages_.size()),
+      agreement_(options.agreement, first),
+      ignored_until_ns_(pages_.size(), 0) {
   views_.push_back({first, now_ns()});
   announced_epoch_ = first.view.epoch;
-  publish(own().decision, first);
+  joining_.store(options_.joining);
+  // A newcomer's first is not quite what was decided: it names the newcomer's own life already.
+  if (!options_.joining) publish(own().decision, first);
   if (!options_.between_processes) return;
   for (const ControlPage* page : pages_) watches_.emplace_back(static_cast<i32>(page->pid));
 }
@@ -63,8 +67,14 @@ void Pulse::run() noexcept {
     heard_ = __atomic_load_n(&own().pulse_bell, __ATOMIC_SEQ_CST);
     const i64 now = now_ns();
     if (guarded(guard_beat)) store_release(&own().process_beat, static_cast<u64>(now));
-    look(now);
-    agree(now);
+    if (joining_.load(std::memory_order_relaxed)) {
+      join_turn(now);
+    } else {
+      answer_knocks(now);
+      look(now);
+      look_for_changes(now);
+      agree(now);
+    }
     if (poke_) poke_peers();
     rest(now_ns());
   }
@@ -138,6 +148,7 @@ void Pulse::read_page(i32 rank, MemberReport& report) {
   const ControlPage& page = *pages_[static_cast<size_t>(rank)];
   PageCopies& copies = copies_[static_cast<size_t>(rank)];
   report.promise = copies.promise.newest(page.promise) ? copies.promise.record : Promise();
+  if (copies.hold.newest(page.hold)) report.hold = copies.hold.record;
   report.accusations = page.accusations;
   if (copies.decision.newest(page.decision)) report.decision = &copies.decision.record;
   if (!options_.agreement.by_windows) return;
@@ -159,9 +170,11 @@ void Pulse::agree(i64 now) {
 }
 
 void Pulse::apply(AgreementStep& step, i64 now) {
-  if (step.promise) {
+  const bool is_for_change = step.change.kind != ChangeKind::none && commit_hold(step.change);
+  if (step.promise || is_for_change) {
     const View& view = agreement_.current().view;
-    const Promise promise = give_promise(state_, view.epoch, view.first_round);
+    Promise promise = give_promise(state_, view.epoch, view.first_round);
+    if (is_for_change) promise.change = step.change;
     agreement_.promised(promise);
     publish(own().promise, promise);
     poke_ = true;
@@ -180,6 +193,7 @@ void Pulse::apply(AgreementStep& step, i64 now) {
     __atomic_store_n(&own().life, static_cast<u32>(Life::evicted), __ATOMIC_SEQ_CST);
     if (views_.back().decision.view.epoch != step.decision.view.epoch) views_.push_back({step.decision, now});
     fetch_or(&state_.release, release_evicted);
+    hold_state_.store(static_cast<u32>(HoldState::none));
     ring_doorbell(own());
     changed_.notify_all();
   }
@@ -203,6 +217,7 @@ void Pulse::install(const Decision& decision, i64 now) {
   // After the decision: who finds a record of the new epoch must find on the same page what closed the old one.
   publish(own().acceptor, agreement_.record());
   detector_.new_view();
+  if (hold_state() == HoldState::committed) hold_state_.store(static_cast<u32>(HoldState::none));
   proposal_.reset();
   awaited_promises_ = RankSet();
   views_.push_back({decision, now});
@@ -247,7 +262,8 @@ void Pulse::rest(i64 now) {
   FutexPair pairs[kMaxFutexPairs];
   i32 num_pairs = 0;
   pairs[num_pairs++] = {&own().pulse_bell, heard_};
-  bool all_words = can_wait_on_words_;
+  // A newcomer watches nobody, and a dead member's word would not let it sleep.
+  bool all_words = can_wait_on_words_ && !joining_.load(std::memory_order_relaxed);
   for (i32 rank = 0; rank < options_.agreement.num_ranks && all_words; ++rank) {
     if (rank == options_.agreement.rank || proven_dead_.has(rank) || !newest_view(state_.ring).active.has(rank))
       continue;

@@ -13,6 +13,7 @@
 #include "host/process.hpp"
 #include "membership/agreement.hpp"
 #include "membership/detector.hpp"
+#include "membership/doors.hpp"
 #include "membership/two_copies.hpp"
 #include "protocol/rank_state.hpp"
 
@@ -22,7 +23,10 @@ struct PulseOptions {
   AgreementOptions agreement;
   i64 beat_ns = 10 * 1000000;
   i64 link_ns = 5000ll * 1000000;
+  i64 join_hold_ns = 500ll * 1000000;  // nobody waits longer at one step start
   bool between_processes = true;
+  Doors* doors = nullptr;                // nullptr: nobody can join
+  bool joining = false;                  // this rank is a newcomer, and the first decision is the members' without it
   const RankSet* unreadable = nullptr;   // test build: peers to whom every path is lost
   std::atomic<i64>* pause_ns = nullptr;  // test build: the thread sleeps this long, once, as if it were stopped
 };
@@ -53,10 +57,22 @@ struct LastRead {
 
 struct PageCopies {
   LastRead<Promise> promise;
+  LastRead<StepHold> hold;
   LastRead<Decision> decision;
   LastRead<AcceptorRecord<Decision>> acceptor;
   LastRead<BallotRequest<Decision>> request;
 };
+
+// A process that has knocked, and that the members have not let in yet.
+struct Newcomer {
+  i32 rank = 0;
+  i32 pid = 0;
+  i32 window_fd = 0;
+  u64 incarnation = 0;
+  View members;  // the view of this rank, in which the newcomer is not
+};
+
+enum class HoldState : u32 { none, holding, committed };
 
 class Pulse {
  public:
@@ -75,6 +91,20 @@ class Pulse {
   std::optional<Decision> next_proposal(i64 timeout_ns);
   void learn(const Decision& decision);
   void proposal_failed();
+
+  // Step starts and joins (pulse_joins.cpp). Of a member:
+  bool change_waits() const { return change_waits_.load(std::memory_order_relaxed); }
+  std::optional<Newcomer> newcomer() const;  // for whom a partition must be ready before anybody can hold
+  StepChange ready_change() const;           // what a hold could be for now; kind none: nothing
+  // From a step start, in whatever epoch. False: there is nothing to hold for. Until hold_state() is none again; after
+  // `committed` only a view or a release ends it.
+  bool hold(const StepHold& where);
+  HoldState hold_state() const { return static_cast<HoldState>(hold_state_.load()); }
+  void end_hold(bool timed_out);
+  void ask_to_leave();
+  // Of a newcomer:
+  bool joining() const { return joining_.load(); }
+  void reached_all(u64 epoch);  // it has mapped whatever the members of that view keep for it
 
   std::vector<EvidenceRecord> evidence() const;
   std::vector<ViewRecord> views() const;
@@ -95,6 +125,16 @@ class Pulse {
   void read_page(i32 rank, MemberReport& report);
   void rest(i64 now);
   void poke_peers();
+  void answer_knocks(i64 now);
+  void look_for_changes(i64 now);
+  bool is_willing(i32 rank, i64 now);
+  StepChange change_of(i32 rank, i64 now);
+  void update_hold();
+  bool commit_hold(const StepChange& change);
+  void join_turn(i64 now);
+  const Decision* newest_decision();
+  bool all_hold_for_me(StepHold& where);
+  void come_in(const Decision& decision, i64 now);
   bool readable(i32 rank) const { return options_.unreadable == nullptr || !options_.unreadable->has(rank); }
   ControlPage& own() const { return *pages_[static_cast<size_t>(options_.agreement.rank)]; }
 
@@ -120,6 +160,14 @@ class Pulse {
   bool poke_ = false;
   u64 announced_epoch_ = 0;  // of the decision on this rank's page
   u32 heard_ = 0;            // the bell as it stood before this turn's look around
+  struct Visitor {           // a rank that is not in, or wants to go
+    i32 pid = 0;
+    bool is_known = false;
+    u64 beat = 0;
+    i64 beat_since_ns = 0;
+  };
+  std::vector<Visitor> visitors_;
+  StepHold published_hold_;
 
   mutable std::mutex mutex_;  // what callers and the thread share
   std::condition_variable changed_;
@@ -127,7 +175,14 @@ class Pulse {
   std::optional<Decision> proposal_;
   std::vector<EvidenceRecord> evidence_;
   std::vector<ViewRecord> views_;
-  std::optional<Decision> pending_install_;
+  std::atomic<bool> change_waits_{false};
+  std::atomic<bool> joining_{false};
+  std::atomic<u32> hold_state_{0};
+  StepHold held_;  // what the caller holds for; its epoch is the thread's to say
+  std::optional<Newcomer> newcomer_;
+  StepChange ready_change_;
+  std::vector<i64> ignored_until_ns_;  // of each rank: a hold for it was in vain
+  u64 reached_epoch_plus_one_ = 0;
 };
 
 }  // namespace fa2a

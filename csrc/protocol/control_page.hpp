@@ -1,5 +1,5 @@
-// The control page of one rank: beats, doorbells, accusations, promises and ballots. Written by its rank, read by its
-// peers' host threads.
+// The control page of one rank: beats, doorbells, accusations, promises, holds and ballots. Written by its rank (bells
+// and knocks excepted), read by its peers' host threads.
 #pragma once
 
 #include "protocol/compiler.hpp"
@@ -11,7 +11,7 @@ namespace fa2a {
 
 constexpr u64 kControlMagic = 0x6661326163746c31ull;
 
-enum class Life : u32 { absent, constructing, running, left, evicted };
+enum class Life : u32 { absent, constructing, running, left, evicted, joining };
 
 enum class Evidence : u32 { none, exit, left, silence, stall, link };
 
@@ -26,12 +26,51 @@ FA2A_HD constexpr u64 pack_accusation(u64 epoch, Evidence kind) {
   return accusation_field::Epoch::pack(epoch) | accusation_field::Kind::pack(static_cast<u64>(kind));
 }
 
+// A change of membership that waits for a step start: who comes or goes, and which life of it.
+enum class ChangeKind : u64 { none, join, leave };
+
+struct StepChange {
+  ChangeKind kind = ChangeKind::none;
+  u64 rank = 0;
+  u64 incarnation = 0;
+  FA2A_HD constexpr bool operator==(const StepChange& other) const {
+    return kind == other.kind && rank == other.rank && incarnation == other.incarnation;
+  }
+};
+
+// "I stand at a step start, the rounds below `round` and collectives below `collective` closed, and wait here for this
+// change." Taken back at will.
+struct StepHold {
+  u64 epoch_plus_one = 0;  // 0: holds nowhere
+  u64 round = 0;
+  u64 collective = 0;
+  StepChange change;
+  FA2A_HD constexpr bool operator==(const StepHold& other) const {
+    return epoch_plus_one == other.epoch_plus_one && round == other.round && collective == other.collective &&
+           change == other.change;
+  }
+};
+
 // "Rounds from `limit` on wait for the next view, and I have started the rounds below `started`." Once per epoch.
 struct Promise {
   u64 epoch_plus_one = 0;  // 0: none given yet
   u64 limit = 0;
   u64 started = 0;
+  StepChange change;  // given while all held at a step start for it; else none
 };
+
+// Where a newcomer finds the partition that this rank keeps for it: an open file of this process.
+struct Offer {
+  u64 incarnation = 0;  // of the newcomer
+  u64 partition = 0;
+  u64 fd = 0;
+};
+
+// "Here is my control page": a newcomer rings members with it, whose names for anything are long gone. 0: nobody did.
+namespace knock_field {
+using Process = Field<32, 32>;
+using FilePlusOne = Field<0, 32>;
+}  // namespace knock_field
 
 constexpr u32 kReasonBytes = 512;
 
@@ -96,6 +135,7 @@ struct ControlPage {
   u64 incarnation = 0;
   u32 rank = 0;
   u32 pid = 0;
+  u32 window_fd = 0;  // of a rank that came later: its whole window is one open file
 
   alignas(kLine) u32 death_word = 0;  // the kernel sets bit 30 when its holder thread is gone
   alignas(kLine) u64 process_beat = 0;
@@ -110,10 +150,15 @@ struct ControlPage {
   alignas(kLine) TwoCopies<AcceptorRecord<Decision>> acceptor;
   alignas(kLine) TwoCopies<BallotRequest<Decision>> request;
   alignas(kLine) TwoCopies<Decision> decision;
+  alignas(kLine) TwoCopies<StepHold> hold;
+  alignas(kLine) TwoCopies<Offer> offer;
+  u64 ready_for = 0;       // of a newcomer: epoch + 1 of the view all of whose members it can reach; 0: none yet
+  u64 wants_to_leave = 0;  // 1: a member that asks to be left out at the next step start
   alignas(kLine) u64 accusations_version = 0;
   u64 accusations[kMaxRanks] = {};
   alignas(kLine) SentWords sent[kMaxRanks];
-  alignas(kLine) u64 fault_at_ns = 0;  // test build: when this rank was about to fail
+  alignas(kLine) u64 knocks[kMaxRanks] = {};  // of each rank that is not in, stored by its newcomer
+  alignas(kLine) u64 fault_at_ns = 0;         // test build: when this rank was about to fail
 };
 
 FA2A_HD constexpr u64 control_page_bytes() { return round_up(sizeof(ControlPage), kPage); }

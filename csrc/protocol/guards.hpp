@@ -38,6 +38,10 @@ namespace fa2a {
   X(record_before_answer) /* one word, stored last, says which copy of a record counts       */   \
   X(frozen_records)       /* a dead member is discounted by its frozen record only             */ \
   X(records_at_accept)    /* in counting accepts as much as in prepare                         */ \
+  X(fresh_partition)      /* a newcomer's partition is memory that no earlier life can reach   */ \
+  X(step_start)           /* a newcomer comes in where every member holds at one step start    */ \
+  X(hold_bound)           /* nobody holds longer than join_hold_ms, or behind one who has gone */ \
+  X(visitor_kept)         /* the page of a life that may be in the next view is not replaced   */ \
   X(frozen_set)           /* what a rank has in a collective is not taken anew in a later view */ \
   X(say_epoch)            /* sets of two epochs are not counted together                       */ \
   X(all_say)              /* nobody returns before all members have said the same set          */

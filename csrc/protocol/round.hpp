@@ -42,6 +42,13 @@ FA2A_HD constexpr u64 promised_round(const Promise& promise) {
   return promise.limit > promise.started ? promise.limit : promise.started;
 }
 
+// Is the rank that shows this past the step start at which `round` and `collective` come next? In a collective its
+// number stands where the round would.
+FA2A_HD constexpr bool has_passed(u64 progress, u64 round, u64 collective) {
+  const auto phase = static_cast<Phase>(progress_field::Phase::unpack(progress));
+  return rounds_ahead(progress, phase == Phase::collective ? collective : round) >= 0;
+}
+
 // Host: publish the view, then lift the limit; a gate that opened first could start a new round under the old view.
 // `gone` are ranks proven dead meanwhile, whom this view still keeps: lifting their suspicion would open the gate to a
 // round that waits for them.

@@ -44,4 +44,16 @@ FA2A_HD bool ring_has_room(const ViewRing& ring, u64 started) {
   return started >= successor.first_round || oldest.first_round == successor.first_round;
 }
 
+// Which partition of every window a newcomer that takes the place of `rank` gets: the lowest that no member holds, and
+// not the one of that rank's last life while there is another. All who know the view choose alike.
+FA2A_HD constexpr i32 partition_for_newcomer(const View& view, i32 rank, i32 num_partitions) {
+  for (i32 partition = 0; partition < num_partitions; ++partition) {
+    bool held = view.partitions[rank] == partition;
+    for (i32 member = 0; member < kMaxRanks && !held; ++member)
+      held = view.active.has(member) && view.partitions[member] == partition;
+    if (!held) return partition;
+  }
+  return view.partitions[rank];
+}
+
 }  // namespace fa2a

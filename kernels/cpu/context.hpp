@@ -26,6 +26,7 @@ enum class Status : u32 {
   evicted,
   closed,
   quorum_lost,
+  open_round,
   other_bytes
 };
 

@@ -96,6 +96,6 @@ def _print_last_words(story: object, answer: dict[str, object]) -> None:
     """What the ranks wrote to stderr, if something went wrong."""
     if answer["ok"]:
         return
-    for one in getattr(story, "ranks", []):
+    for one in getattr(story, "lives", []):
         if one.last_words.strip():
             print(f"--- rank {one.rank} wrote:\n{one.last_words.strip()[-4000:]}", file=sys.stderr)

@@ -21,7 +21,7 @@ _MEANS = {
     "stop": "SIGSTOP rank R in step S, at the same phase or US microseconds after the step began; SIGCONT after MS "
     "milliseconds",
     "cut": "from step S on, lose everything between ranks A and B",
-    "rejoin": "start a new process as rank R in step S (comes with the membership release)",
+    "rejoin": "in step S, after another fault has cost rank R its place, a new process joins as rank R",
 }
 _PATTERN = {
     "kill": re.compile(r"(?P<rank>\d+)@(?P<step>\d+)(\+(?P<after_us>\d+)|:(?P<phase>.+))?", re.ASCII),
@@ -64,7 +64,7 @@ class Fault:
     @property
     def needs_hooks(self) -> bool:
         """Whether the ranks must run the test build: only it can stop at a phase or cut a link."""
-        return self.after_us is None
+        return self.kind != "rejoin" and self.after_us is None
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -129,11 +129,6 @@ def _parse(kind: str, text: str) -> Fault:
 
 def _check_exists(fault: Fault, num_ranks: int, num_steps: int, phases: Sequence[str] | None) -> None:
     kind, text = fault.kind, str(fault).split(" ", 1)[1]
-    if kind == "rejoin":
-        raise ValueError(
-            f"--rejoin {text}: a rank that comes back comes with the membership release; leave --rejoin out until "
-            f"then (--kill {text} alone shows how the others go on without it)."
-        )
     for rank in (fault.rank, fault.peer):
         if rank is not None and rank >= num_ranks:
             raise _refusal(kind, text, f"there is no rank {rank} among {num_ranks} (ranks 0 to {num_ranks - 1})")
@@ -154,8 +149,19 @@ def _check_together(faults: Sequence[Fault], num_ranks: int) -> None:
     killed: dict[int, Fault] = {}
     seen: dict[tuple[int, int], Fault] = {}
     links: dict[tuple[int, int | None], Fault] = {}
+    came_back: dict[int, Fault] = {}
     for fault in faults:
         kind, text = str(fault).split(" ", 1)
+        if kind == "rejoin":
+            has_lost_it = any(fault.rank in one.ranks and one.step < fault.step for one in faults)
+            if not has_lost_it or fault.rank in came_back:
+                raise _refusal(kind, text, f"rank {fault.rank} has not lost its place by then; --kill it before")
+            came_back[fault.rank] = fault
+            killed.pop(fault.rank, None)
+            continue
+        for rank in (fault.rank, fault.peer):
+            if rank in came_back:
+                raise _refusal(kind, text, f"rank {rank} came back (--{came_back[rank]}) and is not struck again")
         for rank in (fault.rank, fault.peer):
             if rank in killed and killed[rank].step < fault.step:
                 raise _refusal(kind, text, f"rank {rank} is dead by then (--{killed[rank]})")

@@ -93,25 +93,31 @@ class _Parent:
     def __init__(self, work: Work, screen: Screen) -> None:
         self.drill, self.work, self.screen = work.drill, work, screen
         self.story = Story(
-            ranks=[RankStory(rank) for rank in range(self.drill.ranks)],
+            ranks=[RankStory(rank, child=rank) for rank in range(self.drill.ranks)],
             faults=[FaultStory(fault) for fault in self.drill.faults],
             began_ns=core.now_ns(),
         )
         self.children: list[_Child] = []
+        # Forked with the others, because this process may not fork once it has threads; asleep until their step.
+        rejoins = [fault for fault in self.drill.faults if fault.kind == "rejoin"]
+        self.newcomers = [
+            (fault.step, RankStory(fault.rank, child=self.drill.ranks + at, joined=True))
+            for at, fault in enumerate(rejoins)
+        ]
         self.due: list[_Due] = []
         self.store: Any = None
         self.ending = ""  # what the finished ranks were told last: settle, report or close
 
     def run(self) -> None:
-        for rank in range(self.drill.ranks):
-            self._fork(rank)
+        for one in [*self.story.ranks, *(newcomer for _, newcomer in self.newcomers)]:
+            self._fork(one)
         # After the forks: the store's server is a thread.
         self.store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        for rank in range(self.drill.ranks):
-            self._order(rank, f"store {self.store.port}")
+        for one in self.story.ranks:
+            self._order(one, f"store {self.store.port}")
         quiet_since_ns = core.now_ns()
         patience_ns = int((_PATIENCE_S + self.drill.longest_wait_ms / 1000) * 1e9)
-        while any(one.alive for one in self.story.ranks):
+        while any(one.alive for one in self.story.lives):
             if self._turn():
                 quiet_since_ns = core.now_ns()
             if core.now_ns() - quiet_since_ns > patience_ns:
@@ -123,7 +129,7 @@ class _Parent:
 
     # -- processes ---------------------------------------------------------------------------------------------------
 
-    def _fork(self, rank: int) -> None:
+    def _fork(self, one: RankStory) -> None:
         told_read, told_write = os.pipe()
         orders_read, orders_write = os.pipe()
         words = tempfile.TemporaryFile()  # noqa: SIM115 (closed in clean_up)
@@ -132,25 +138,39 @@ class _Parent:
         pid = os.fork()
         if pid == 0:
             try:
-                for one in self.children:  # a pipe ends only when nobody holds its other end
-                    os.close(one.told_fd)
-                    os.close(one.orders_fd)
+                for other in self.children:  # a pipe ends only when nobody holds its other end
+                    os.close(other.told_fd)
+                    os.close(other.orders_fd)
                 os.close(told_read)
                 os.close(orders_write)
                 os.dup2(words.fileno(), 1)
                 os.dup2(words.fileno(), 2)
-                run_rank(rank, self.work, Pipes(told_write, orders_read), parent_pid, self.screen.live)
+                pipes = Pipes(told_write, orders_read)
+                run_rank(one.rank, self.work, pipes, parent_pid, self.screen.live, one.joined)
             finally:
                 os._exit(1)  # never back into the parent's code
         os.close(told_write)
         os.close(orders_read)
         os.set_blocking(told_read, False)
         self.children.append(_Child(told_read, orders_write, words))
-        self.story.ranks[rank].pid = pid
+        one.pid = pid
 
-    def _order(self, rank: int, line: str) -> None:
+    def _start_newcomers(self) -> None:
+        """Those whose step the others have come to: from then on they are the ranks whose numbers they bear."""
+        step = max(one.next_step for one in self.story.ranks)
+        for due in [due for due in self.newcomers if due[0] <= step]:
+            self.newcomers.remove(due)
+            newcomer = due[1]
+            self.story.former.append(self.story.ranks[newcomer.rank])
+            self.story.ranks[newcomer.rank] = newcomer
+            told = next(one for one in self.story.faults if str(one.fault) == f"rejoin {newcomer.rank}@{due[0]}")
+            told.at_ns = core.now_ns()
+            self.screen.say(f"a new process asks to be rank {newcomer.rank}", told.at_ns)
+            self._order(newcomer, f"store {self.store.port}")
+
+    def _order(self, one: RankStory, line: str) -> None:
         try:
-            os.write(self.children[rank].orders_fd, line.encode() + b"\n")
+            os.write(self.children[one.child].orders_fd, line.encode() + b"\n")
         except BrokenPipeError:
             pass  # it died; waitpid says how
 
@@ -170,20 +190,22 @@ class _Parent:
         if self.due:
             wait_s = min(wait_s, max(self.due[0].at_ns - core.now_ns() - _SPIN_NS, 0) / 1e9)
         pipes = select.poll()
-        for one in self.children:
-            if one.open:
-                pipes.register(one.told_fd, select.POLLIN)
+        for child in self.children:
+            if child.open:
+                pipes.register(child.told_fd, select.POLLIN)
         if not self._aiming():  # a parent that every line wakes would take the processor from the ranks it watches
             time.sleep(wait_s)
             wait_s = 0
         ready = {fd for fd, _ in pipes.poll(int(wait_s * 1000))}
-        heard = [self._hear(rank) for rank, one in enumerate(self.children) if one.told_fd in ready]
+        heard = [self._hear(one) for one in self.story.lives if self.children[one.child].told_fd in ready]
+        if self.newcomers:
+            self._start_newcomers()
         acted = self._act()
-        reaped = [self._reap(one) for one in self.story.ranks if one.alive]
+        reaped = [self._reap(one) for one in self.story.lives if one.alive]
         return any(heard) or acted or any(reaped)
 
-    def _hear(self, rank: int) -> bool:
-        child = self.children[rank]
+    def _hear(self, one: RankStory) -> bool:
+        child = self.children[one.child]
         try:
             data = os.read(child.told_fd, 1 << 16)
         except BlockingIOError:
@@ -195,17 +217,17 @@ class _Parent:
         now_ns = core.now_ns()
         for line in lines:
             message = json.loads(line)
-            for sentence in self.story.hear(rank, message, now_ns):
+            for sentence in self.story.hear_of(one, message, now_ns):
                 self.screen.say(sentence, now_ns)
             if message["is"] == "begin":
-                self._aim(rank, message["step"], message["at"])
+                self._aim(one.rank, message["step"], message["at"])
         return True
 
     def _reap(self, one: RankStory) -> bool:
         pid, status = os.waitpid(one.pid, os.WNOHANG | os.WUNTRACED)
         if pid == 0:
             return False
-        while self.children[one.rank].open and self._hear(one.rank):
+        while self.children[one.child].open and self._hear(one):
             pass  # its last lines may still be in the pipe
         if os.WIFSTOPPED(status):
             self._note_stop(one)
@@ -302,7 +324,7 @@ class _Parent:
         self.ending = order
         for one in self.story.ranks:
             if one.alive and (one.state == FINISHED or one.settled):
-                self._order(one.rank, f"{order} {rest}")
+                self._order(one, f"{order} {rest}")
 
     def _give_up(self, patience_ns: int) -> None:
         """Nothing was heard for too long: asks every rank where it stands."""
@@ -314,29 +336,31 @@ class _Parent:
             if one.alive:
                 self.story.stuck.append(
                     f"rank {one.rank} is {one.state} in step {one.next_step} and said nothing for "
-                    f"{(core.now_ns() - one.news_ns) / 1e9:.0f} s: {self._read_words(one.rank).strip()[-_LAST_WORDS:]}"
+                    f"{(core.now_ns() - one.news_ns) / 1e9:.0f} s: {self._read_words(one.child).strip()[-_LAST_WORDS:]}"
                 )
         self.screen.say(f"nothing was heard from any rank for {patience_ns / 1e9:.0f} s", core.now_ns())
 
     def clean_up(self) -> None:
         """Kills by process id what still runs, and forgets what it may have left in shared memory."""
         self.story.ended_ns = self.story.ended_ns or core.now_ns()
-        for one in self.story.ranks:
+        for one in [*self.story.lives, *(newcomer for _, newcomer in self.newcomers)]:
             if one.alive and one.pid:
                 one.ended_by_drill = True
                 os.kill(one.pid, signal.SIGKILL)
                 one.exit_status = os.waitpid(one.pid, 0)[1]
         self.story.leftovers = self._unlink_leftovers()
-        for rank, child in enumerate(self.children):
-            self.story.ranks[rank].last_words = self._read_words(rank)
+        for one in self.story.lives:
+            if one.child < len(self.children):
+                one.last_words = self._read_words(one.child)
+        for child in self.children:
             os.close(child.told_fd)
             os.close(child.orders_fd)
             child.words.close()
         self.children.clear()
         self.store = None
 
-    def _read_words(self, rank: int) -> str:
-        fd = self.children[rank].words.fileno()
+    def _read_words(self, child: int) -> str:
+        fd = self.children[child].words.fileno()
         return os.pread(fd, os.fstat(fd).st_size, 0).decode(errors="replace")  # the rank may still write: no seek
 
     def _unlink_leftovers(self) -> list[str]:

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 GROUP_NAME = "drill"
 SETTLE_S = 10.0  # for the last view changes, once all steps are done
 LIVE_POLL_S = 0.1
+FIRST_ROUND = 1  # of step 0; round 0 is construction's
 _PR_SET_PDEATHSIG = 1
 
 
@@ -70,8 +71,11 @@ class Pipes:
         return rest
 
 
-def run_rank(rank: int, work: Work, pipes: Pipes, parent_pid: int, live: bool) -> NoReturn:
-    """The life of a forked rank. Ends the process, whatever happens."""
+def run_rank(rank: int, work: Work, pipes: Pipes, parent_pid: int, live: bool, joins: bool) -> NoReturn:
+    """The life of a forked rank. Ends the process, whatever happens.
+
+    ``joins``: it waits for its turn, and takes the place of a rank that is gone.
+    """
     status = 1
     try:
         _die_with_the_parent(parent_pid)
@@ -80,7 +84,7 @@ def run_rank(rank: int, work: Work, pipes: Pipes, parent_pid: int, live: bool) -
         faulthandler.register(signal.SIGUSR1, all_threads=True)
         logging.getLogger("fault_a2a").setLevel(logging.CRITICAL)  # the drill tells it in its own words
         store = torch.distributed.TCPStore("127.0.0.1", int(pipes.order("store")), is_master=False)
-        DrillRank(rank, work, store, pipes, live).run()
+        DrillRank(rank, work, store, pipes, live, joins).run()
         status = 0
     except BaseException:
         text = traceback.format_exc()
@@ -103,7 +107,7 @@ def _die_with_the_parent(parent_pid: int) -> None:
 class DrillRank:
     """A rank's buffer, its share of the layer, and its judge."""
 
-    def __init__(self, rank: int, work: Work, store: Any, pipes: Pipes, live: bool) -> None:
+    def __init__(self, rank: int, work: Work, store: Any, pipes: Pipes, live: bool, joins: bool = False) -> None:
         self.rank, self.drill, self.layer, self.pipes = rank, work.drill, work.layer, pipes
         self.expectation = work.expectation
         self.judge = Judge(work.expectation, rank, self.drill.on_lost, self.drill.reduce)
@@ -114,7 +118,7 @@ class DrillRank:
             names = core.guard_names()
             core.set_guards_off(sum(1 << names.index(name) for name in self.drill.guards_off))
         group = fault_a2a.Group(store, rank, self.drill.ranks, name=GROUP_NAME)
-        self.buffer = Buffer(group, self.drill.config())
+        self.buffer = Buffer(group, self.drill.config(), join=joins)
         self._num_evidence_told = 0
         self._num_views_told = 0
         self._views: list[tuple[View, int]] = []
@@ -129,7 +133,7 @@ class DrillRank:
             threading.Thread(target=self._tell_while_waiting, daemon=True).start()
         how, why = story.FINISHED, ""
         try:
-            for step in range(self.drill.steps):
+            for step in range(self.buffer.num_rounds - FIRST_ROUND, self.drill.steps):
                 self._step(step)
         except fault_a2a.RankEvictedError as error:
             how, why = story.EVICTED, str(error)
@@ -156,6 +160,7 @@ class DrillRank:
         self._bring_about_faults(step, round_number)
 
         began_ns = core.now_ns()
+        self.buffer.begin_step()
         recv, handle = self.buffer.dispatch(x, topk_idx, topk_weights)
         sources = handle.sources()
         rows = recv.x.reshape(-1, self.drill.hidden)[sources[:, 0].long()]  # a copy: recv.x ends with its combine
@@ -200,7 +205,7 @@ class DrillRank:
 
     def _bring_about_faults(self, step: int, round_number: int) -> None:
         for fault in self.drill.faults:
-            if fault.step != step or self.rank not in fault.ranks:
+            if fault.step != step or self.rank not in fault.ranks or fault.kind == "rejoin":
                 continue
             if fault.kind == "cut" and fault.peer is not None:
                 peer = fault.peer if self.rank == fault.rank else fault.rank
@@ -235,6 +240,7 @@ class DrillRank:
                 suspects=self.buffer.core.suspects(),
                 evidence=[(one.rank, one.kind, one.at_ns) for one in new_evidence],
                 views=[_fields(view, at_ns) for view, at_ns in new_views],
+                fault_at_ns={one.rank: self.buffer.core.fault_at_ns(one.rank) for one in new_evidence},
             )
 
     def _tell_while_waiting(self) -> None:

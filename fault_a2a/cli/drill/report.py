@@ -40,7 +40,7 @@ def report(drill: Drill, story: Story, notes: Iterable[str] = ()) -> dict[str, A
     """The JSON of ``fault-a2a drill``. ``notes``: further problems, found outside of the ranks."""
     judged = _Judged(drill, story)
     faults = [judged.fault_line(one) for one in story.faults]
-    steps = [step for one in story.ranks for step in one.steps]
+    steps = [step for one in story.lives for step in one.steps]
     problems = [*notes, *judged.problems()]
     return {
         "ranks": drill.ranks,
@@ -93,17 +93,19 @@ class _Judged:
 
     def __init__(self, drill: Drill, story: Story) -> None:
         self.drill, self.story = drill, story
-        views = [view for one in story.ranks for view in one.views]
+        views = [view for one in story.lives for view in one.views]
         self.last_view: ViewTold | None = max(views, key=lambda view: view.epoch, default=None)
         self.survivors = self.last_view.active if self.last_view else ()
         self.evicted = tuple(one.rank for one in story.ranks if one.rank not in self.survivors) if views else ()
+        # Also of those who are back, as another life.
+        self.ever_out = {one.rank for one in story.ranks for view in views if one.rank not in view.active}
         self.living = [story.ranks[rank] for rank in self.survivors if story.ranks[rank].told_all]
         self.happened = [one for one in story.faults if one.happened]
         self.hit = {rank for one in self.happened for rank in one.fault.ranks}
-        finished = [story.ranks[rank] for rank in self.survivors]
+        finished = [story.ranks[rank] for rank in self.survivors if not story.ranks[rank].joined]
         self.steps_completed = min((len(one.steps) for one in finished), default=0)
-        self.corrupt_rows = sum(step.num_corrupt for one in story.ranks for step in one.steps)
-        steps = [step for one in story.ranks for step in one.steps]
+        self.corrupt_rows = sum(step.num_corrupt for one in story.lives for step in one.steps)
+        steps = [step for one in story.lives for step in one.steps]
         self.accounting_exact = bool(steps) and all(step.exact for step in steps)
         self.views_agree = self._views_agree(views)
         self.false_suspicions = list(self._false_suspicions())
@@ -120,7 +122,7 @@ class _Judged:
     def view_lines(self) -> list[dict[str, Any]]:
         """Each view once, as the lowest rank that told it."""
         first: dict[int, ViewTold] = {}
-        for one in self.story.ranks:
+        for one in self.story.lives:
             for view in one.views:
                 first.setdefault(view.epoch, view)
         return [
@@ -139,8 +141,8 @@ class _Judged:
 
     def lost_rank(self, told: FaultStory) -> int | None:
         """Whom the fault cost its place in the group."""
-        gone = [rank for rank in told.fault.ranks if rank in self.evicted]
-        return gone[0] if gone else None
+        gone = [rank for rank in told.fault.ranks if rank in self.ever_out]
+        return gone[0] if gone and told.fault.kind != "rejoin" else None
 
     def times(self, told: FaultStory) -> Times:
         at_ns, victim = self.struck_at_ns(told), self.lost_rank(told)
@@ -148,6 +150,8 @@ class _Judged:
             return Times()
         detected, agreed, good = [], [], []
         for one in self.living:
+            if one.ready_ns > at_ns:  # it came later, in somebody's place
+                continue
             view = next((view for view in one.views if victim not in view.active), None)
             if view is None:
                 continue
@@ -183,13 +187,32 @@ class _Judged:
             "detect_ms": times.detect_ms,
             "agree_ms": times.agree_ms,
             "first_good_step_ms": times.first_good_step_ms,
+            "back_ms": self._back_ms(told),
+            "longest_step_ms": self._longest_step_ms(told),
         }
+
+    def _back_ms(self, told: FaultStory) -> float | None:
+        """From the start of a newcomer's way in to its first step."""
+        newcomer = self.story.ranks[told.fault.rank]
+        if told.fault.kind != "rejoin" or told.at_ns is None or not newcomer.ready_ns:
+            return None
+        return _since_ms(told.at_ns, [newcomer.ready_ns])
+
+    def _longest_step_ms(self, told: FaultStory) -> float | None:
+        """What a newcomer cost: the longest step of those who were in, from its knocking to the first one with it."""
+        newcomer = self.story.ranks[told.fault.rank]
+        if self._back_ms(told) is None:
+            return None
+        members = [one for one in self.living if not one.joined]
+        steps = [step for one in members for step in one.steps if step.round_number <= newcomer.views[0].first_round]
+        took = [step.latency_us / 1000 for step in steps if step.end_ns >= (told.at_ns or 0)]
+        return max(took, default=None)
 
     # -- promises ----------------------------------------------------------------------------------------------------
 
     def _false_suspicions(self) -> Iterator[str]:
         accused = set()
-        for one in self.story.ranks:
+        for one in self.story.lives:
             for evidence in one.evidence:
                 if evidence.kind != "left" and not self._justified(one.rank, evidence):
                     accused.add(evidence.rank)
@@ -199,8 +222,8 @@ class _Judged:
                 yield f"rank {rank} was evicted, and no fault had struck it"
 
     def _justified(self, accuser: int, evidence: EvidenceTold) -> bool:
-        accused = self.story.ranks[evidence.rank]
-        if evidence.kind == "exit" and accused.state in (FAILED, EVICTED, SUSPENDED) and not accused.ended_by_drill:
+        ended = [one for one in self.story.lives if one.rank == evidence.rank and not one.ended_by_drill]
+        if evidence.kind == "exit" and any(one.state in (FAILED, EVICTED, SUSPENDED) for one in ended):
             return True  # it did end, for a reason that is judged elsewhere
         return any(self._explains(told, accuser, evidence) for told in self.happened)
 
@@ -216,7 +239,7 @@ class _Judged:
 
     def _lost_between_live_ranks(self) -> int:
         """Choices that one rank lost on another although neither was struck: a fault costs nobody else's rows."""
-        well = [one for one in self.story.ranks if one.rank not in self.hit and one.state != FAILED]
+        well = [one for one in self.story.lives if one.rank not in self.hit and one.state != FAILED]
         names = {one.rank for one in well}
         return sum(count for one in well for step in one.steps for rank, count in step.lost_on.items() if rank in names)
 
@@ -246,6 +269,10 @@ class _Judged:
             if self.last_view and one in self.living and one.epoch != self.last_view.epoch:
                 yield f"rank {one.rank} never came to epoch {self.last_view.epoch}"
 
+        for one in self.story.former:
+            if one.state == FAILED or (one.state == EVICTED and not one.ended_well):
+                yield f"a former rank {one.rank} ended as {one.state}: {_last_line(one.why) or 'no reason told'}"
+
     def _cut_at_the_end(self, rank: int) -> bool:
         """Cut off in the last step: it may never hear that the others decided, and has nothing left to do."""
         cuts = [one.fault for one in self.happened if one.fault.kind == "cut" and rank in one.fault.ranks]
@@ -254,8 +281,10 @@ class _Judged:
     def _fault_problems(self) -> Iterator[str]:
         for told in self.story.faults:
             fault = told.fault
-            gone = [rank for rank in fault.ranks if rank in self.evicted]
-            if not told.happened:
+            gone = [rank for rank in fault.ranks if rank in self.ever_out]
+            if fault.kind == "rejoin":
+                yield from self._rejoin_problems(told)
+            elif not told.happened:
                 yield f"the fault '{fault}' did not happen"
             elif not gone and self._must_go(told):
                 yield f"nobody was evicted for the fault '{fault}'"
@@ -263,8 +292,17 @@ class _Judged:
                 yield f"rank {fault.rank} was evicted for a stop of {fault.duration_ms} ms"
             elif len(gone) > 1 and not any(self._explained_otherwise(told, rank) for rank in gone):
                 yield f"one cut link cost two ranks: {fault.rank} and {fault.peer}"
-            elif fault.kind == "stop" and gone and self.story.ranks[fault.rank].state != EVICTED:
+            elif fault.kind == "stop" and gone and EVICTED not in self._states(fault.rank):
                 yield f"rank {fault.rank} was evicted and woken, and did not end with RankEvictedError"
+
+    def _states(self, rank: int) -> set[str]:
+        return {one.state for one in self.story.lives if one.rank == rank}
+
+    def _rejoin_problems(self, told: FaultStory) -> Iterator[str]:
+        if not told.happened:
+            yield f"rank {told.fault.rank} did not come back ('{told.fault}')"
+        elif told.fault.rank not in self.survivors:
+            yield f"rank {told.fault.rank} came back ('{told.fault}') and is not in the last view"
 
     def _explained_otherwise(self, told: FaultStory, rank: int) -> bool:
         return any(rank in other.fault.ranks for other in self.happened if other is not told)
@@ -310,7 +348,7 @@ class _Judged:
             yield f"shared memory was left behind: {', '.join(self.story.leftovers[:4])}"
 
     def _inexact(self) -> Iterator[str]:
-        wrong = [one for one in self.story.ranks if not all(step.exact for step in one.steps)]
+        wrong = [one for one in self.story.lives if not all(step.exact for step in one.steps)]
         yield from (f"rank {one.rank}, {one.why}" for one in wrong)
         if not wrong:
             yield "no step was completed, so nothing was accounted for"

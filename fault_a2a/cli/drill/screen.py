@@ -147,6 +147,11 @@ def _fault_text(drill: Drill, line: dict[str, Any], answer: dict[str, Any]) -> s
     rank, step = line["rank"], line["step"]
     if not line["happened"]:
         return f"The fault '{line['fault']}' did not happen."
+    if line["kind"] == "rejoin":
+        return (
+            f"In step {step}, a new process asked to be rank {rank}; it came in at a step start, "
+            f"{_ms(line['back_ms'])} later, and no other rank stopped for it."
+        )
     where = _WHERE.get(line["phase"] or "", f"at {line['phase']}" if line["phase"] else "at some instant of the step")
     struck = {
         "kill": f"In step {step}, rank {rank} was killed (SIGKILL) {where}.",

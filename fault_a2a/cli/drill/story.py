@@ -62,6 +62,8 @@ class RankStory:
 
     rank: int
     pid: int = 0
+    child: int = 0  # which of the parent's children it is
+    joined: bool = False  # it came in the place of a former life
     state: str = STARTING
     steps: list[StepTold] = field(default_factory=list)
     evidence: list[EvidenceTold] = field(default_factory=list)
@@ -109,6 +111,7 @@ class Story:
 
     ranks: list[RankStory]
     faults: list[FaultStory]
+    former: list[RankStory] = field(default_factory=list)  # lives whose rank another process has taken
     began_ns: int = 0
     ended_ns: int = 0
     stuck: list[str] = field(default_factory=list)
@@ -116,15 +119,29 @@ class Story:
     _views_seen: set[int] = field(default_factory=set)
     _suspected: set[tuple[int, str]] = field(default_factory=set)
 
+    @property
+    def lives(self) -> list[RankStory]:
+        """All processes that were ranks, those that are first."""
+        return [*self.ranks, *self.former]
+
     def hear(self, rank: int, message: Message, now_ns: int) -> list[str]:
         """Takes a rank's message; returns what is worth telling a person, in sentences."""
-        story = self.ranks[rank]
+        return self.hear_of(self.ranks[rank], message, now_ns)
+
+    def hear_of(self, story: RankStory, message: Message, now_ns: int) -> list[str]:
+        """As ``hear``, of a certain life."""
         story.news_ns = now_ns
         told = getattr(self, f"_hear_{message['is']}")(story, message)
         return list(told or [])
 
-    def _hear_ready(self, story: RankStory, message: Message) -> None:
+    def _hear_ready(self, story: RankStory, message: Message) -> list[str]:
         story.state, story.ready_ns, story.round_number = RUNNING, message["at"], message["round"]
+        if not story.joined:
+            return []
+        for one in self.faults:
+            if one.fault.kind == "rejoin" and one.fault.rank == story.rank:
+                one.happened = True
+        return [f"rank {story.rank} is back, as a new process, from round {story.round_number} on"]
 
     def _hear_begin(self, story: RankStory, message: Message) -> None:
         pass  # the parent aims by it
@@ -151,6 +168,8 @@ class Story:
     def _hear_seen(self, story: RankStory, message: Message) -> list[str]:
         sentences = []
         story.suspects = message["suspects"]
+        # Told with the evidence: once another life has taken the rank, its page knows nothing of this one's fault.
+        story.fault_at_ns.update({int(rank): at_ns for rank, at_ns in message.get("fault_at_ns", {}).items() if at_ns})
         for rank, kind, at_ns in message["evidence"]:
             story.evidence.append(EvidenceTold(rank, kind, at_ns))
             if (rank, kind) not in self._suspected and kind != "left":
@@ -196,7 +215,7 @@ class Story:
     def _hear_final(self, story: RankStory, message: Message) -> None:
         if message["evicted"] and story.state == FINISHED:
             story.state, story.why = EVICTED, "evicted after its last step"  # it made no call that could have told it
-        story.fault_at_ns = {rank: at_ns for rank, at_ns in enumerate(message["fault_at_ns"]) if at_ns}
+        story.fault_at_ns.update({rank: at_ns for rank, at_ns in enumerate(message["fault_at_ns"]) if at_ns})
         story.suspects, story.told_all = message["suspects"], True
 
 

@@ -1,0 +1,106 @@
+"""A buffer's side of its group: the views it has seen, and how its rank comes, goes and comes back."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+from fault_a2a.group import Group
+from fault_a2a.membership import Evidence, View
+
+
+class Membership:
+    """What ``Buffer`` can say and do about who is in."""
+
+    core: Any
+    group: Group
+    _callbacks: list[Callable[[View], None]]
+    _closed: bool
+    _finalizer: weakref.finalize
+
+    @property
+    def rank(self) -> int:
+        """This rank's number in its group."""
+        return self.group.rank
+
+    @property
+    def view(self) -> View:
+        """The newest view installed on this rank. Does not block."""
+        return View.of(self.core.current())
+
+    def views(self) -> list[tuple[View, int]]:
+        """Every view with the time it was installed (CLOCK_MONOTONIC ns); one without this rank comes last."""
+        return [(View.of(decision), at_ns) for decision, at_ns in self.core.views()]
+
+    def evidence(self) -> list[Evidence]:
+        """What this rank found against peers, in order."""
+        return [Evidence(rank, kind, at_ns) for rank, kind, at_ns in self.core.evidence()]
+
+    def on_view_change(self, callback: Callable[[View], None]) -> None:
+        """Calls ``callback(view)`` on a thread of the buffer after each new view; ``view.reason`` says why it came."""
+        if not callable(callback):
+            raise TypeError(f"callback is a {type(callback).__name__}; give a function of one View")
+        self._callbacks.append(callback)
+
+    def begin_step(self) -> View:
+        """Marks a step start, and returns the view in which the step begins.
+
+        Ranks join, and leave as planned, only here. Every rank calls it at the same rounds, none of them open. Costs
+        next to nothing but when such a change stands: then it blocks until all members have come here and decided, at
+        most ``config.join_hold_ms``, or not at all if one of them is past this step start. Not capturable.
+
+        Raises:
+            RuntimeError: a round is open.
+            RankEvictedError, QuorumLostError, ClosedError: this rank may not go on.
+        """
+        self._check_open()
+        self._raise_for(self.core.begin_step()[0])
+        return self.view
+
+    def leave(self) -> bool:
+        """In the place of ``begin_step``: leaves the group without any loss. True: this rank is out, and closed.
+
+        False: the others were past this step start already. Run the step, and call it again before the next one.
+        Blocks as ``begin_step`` does, and raises what it raises. The rank's experts are unroutable afterwards.
+        """
+        self._check_open()
+        self.core.ask_to_leave()
+        status, is_out = self.core.begin_step()
+        self._raise_for(status)
+        if not is_out and self.view.active_ranks != (self.rank,):
+            return False
+        self.close()
+        return True
+
+    def rejoin(self) -> View:
+        """Comes back as a new life of the same rank, after ``RankEvictedError`` or ``close()``.
+
+        Blocks as construction with ``join`` does. Members keep buffers, addresses and view objects, and so does this
+        rank; handles of its former life are void.
+
+        Raises:
+            RuntimeError: this rank is in the group.
+            ConstructError: the members did not let it in in time.
+        """
+        if self.group.fabric is not None:
+            raise RuntimeError("rejoin: virtual ranks cannot come back; construct the group anew")
+        if not self._closed and self.views()[-1][0].active_mask[self.rank]:
+            raise RuntimeError("rejoin: this rank is in the group; call it after RankEvictedError, or close() first")
+        self.close()
+        self._finalizer.detach()
+        self._begin_life(join=True)
+        return self.view
+
+    def close(self) -> None:
+        """See ``Buffer``."""
+        raise NotImplementedError
+
+    def _begin_life(self, join: bool) -> None:
+        raise NotImplementedError
+
+    def _check_open(self) -> None:
+        raise NotImplementedError
+
+    def _raise_for(self, status: str) -> None:
+        raise NotImplementedError
