@@ -27,7 +27,7 @@ def error_of(status: str, buffer: Buffer) -> Exception:
     if status == "not_received":
         return RuntimeError("this handle's rows have not been received; call the hook that came with it first")
     if status == "open_round":
-        return RuntimeError("a round is open: combine or abandon its handle before begin_step")
+        return RuntimeError("a round or a collective is open: end it before begin_step (combine or abandon its handle)")
     if status == "third_round":
         return RuntimeError("two rounds are open: combine or abandon the older handle before the next dispatch")
     return RuntimeError(

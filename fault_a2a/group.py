@@ -25,9 +25,9 @@ class Group:
             construction, and with ``Config(agreement="store")`` to decide between proposals for a view; otherwise it
             may be lost afterwards. No row and no beat goes through it.
         rank: this rank, 0 to ``num_ranks - 1``.
-        num_ranks: ranks of the group, 1 to 1024.
+        num_ranks: ranks of the group, 1 to 1024. Of a rank that joins one with room for more: ``max_num_ranks``.
         name: several groups on one store need different names. Several buffers of one group do not, if every rank
-            constructs them in the same order.
+            constructs them in the same order; who joins, joins the newest of that name.
         fabric: virtual ranks of one process share one (see ``fault_a2a.testing.VirtualRanks``); ``None`` means shared
             memory between the processes of this host.
         construction: set by ``introduce``.
