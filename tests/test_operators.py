@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import fault_a2a
-from fault_a2a import Buffer, Config, metrics
+from fault_a2a import Buffer, Config, View, metrics
 from fault_a2a.log_events import EVENTS, tell
 from fault_a2a.testing import VirtualRanks
 
@@ -83,6 +83,27 @@ def test_status_of_a_healthy_group_and_of_a_suspect(monkeypatch: pytest.MonkeyPa
         monkeypatch.undo()
         check_shape(found)
         assert found["engines"][1] == {"id": 1, "status": "unhealthy", "fault_info": "suspected: stall"}
+
+
+def test_status_of_a_newcomer_in_a_group_with_room() -> None:
+    class Newcomer:
+        """Rank 1 came in epoch 4, when rank 0 was gone; there is room for a fourth rank."""
+
+        class core:
+            @staticmethod
+            def suspects() -> list[int]:
+                return []
+
+        def views(self) -> list[tuple[View, int]]:
+            return [(View(4, (0, 1, 1, 0), 9, "rank 1 joins", (7, 8, 9, 0)), 1)]
+
+        def evidence(self) -> list[Any]:
+            return []
+
+    found = fault_a2a.status(Newcomer())  # type: ignore[arg-type]
+    check_shape(found)
+    assert [engine["status"] for engine in found["engines"]] == ["dead", "healthy", "healthy"]
+    assert found["engines"][0]["fault_info"] == "it was gone when this rank came, in epoch 4"
 
 
 # -- metrics -----------------------------------------------------------------------------------------------------------

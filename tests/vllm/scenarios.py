@@ -63,7 +63,8 @@ class Steps:
             if self.death is not None:
                 self.death.arm(here, step, buffers)
             out = self.layer.run(kernel, here.rank, step)
-            is_after = self.death is not None and step > self.death.step
+            # A rank that died once it had answered all is only missed in the next step, whose choices are then lost.
+            is_after = self.death is not None and step > self.death.step + 1
             dead = {self.death.rank} if self.death is not None and step >= self.death.step else set()
             wrong += self.layer.wrong(here.rank, step, out, buffers.newest_outcome, dead, healthy=is_after)
             if self.asks is not None:
