@@ -80,7 +80,7 @@ def _packages() -> list[str]:
 setup(
     packages=_packages(),
     package_dir={"fault_a2a.kernels": "kernels", "fault_a2a.benchmarks": "benchmarks"},
-    package_data={"": ["*.cpp", "*.cu", "*.hpp"], "fault_a2a": ["py.typed"]},
+    package_data={"": ["*.cpp", "*.cu", "*.cuh", "*.hpp"], "fault_a2a": ["py.typed"]},
     ext_modules=[Extension("fault_a2a._C", sources=[]), Extension("fault_a2a._C_hooks", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
 )

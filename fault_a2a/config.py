@@ -15,7 +15,7 @@ REDUCES = ("owner", "expert")
 WEIGHTS_AT = ("owner", "expert")
 ON_LOST = ("drop", "renormalize")
 AGREEMENTS = ("windows", "store")
-BACKENDS = ("cpu", "triton")
+BACKENDS = ("cpu", "triton", "cuda-host")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # What rows may travel as, besides `dtype`: one byte an element, and scales.
 DISPATCH_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.uint8)
@@ -31,6 +31,7 @@ MAX_NUM_TOKENS = (1 << 19) - 1
 MAX_UNSPLIT_TOKENS, DEFAULT_CHUNK_TOKENS = 1024, 128
 MAX_MS = 24 * 3600 * 1000  # a day
 MAX_SPARE_PARTITIONS = 64
+MAX_NUM_SMS = 1024
 MAX_COLLECTIVE_BYTES = 524287  # a field of the word
 # A watcher that slept for a quarter of a timeout starts it anew, so a shorter silence could never be measured.
 MIN_BEATS_PER_SILENCE = 4
@@ -54,7 +55,7 @@ _WHOLE_NUMBERS = {
 }
 # How long each rank is ready to wait for the others is its own business.
 # So is what its kernels run on: they put the same bytes on the wire.
-_MAY_DIFFER = ("construct_timeout_ms", "backend")
+_MAY_DIFFER = ("construct_timeout_ms", "backend", "num_sms")
 _CHOICES = {
     "recv_format": RECV_FORMATS,
     "reduce": REDUCES,
@@ -114,8 +115,11 @@ class Config:
         num_scales: scales of a row; ``None`` for what blocks of 1 x 128 make.
         weights_at: where ``topk_weights`` are applied. ``"owner"``: in the sum; ``"expert"``: by the caller's experts,
             who find them in ``recv.weights``, and the sum leaves them out.
-        backend: what runs this rank's kernels; ranks of a group may differ. ``"cpu"``; ``"triton"``: Triton's, in its
-            interpreter where there is no GPU (slow: for tests), for batches that fit into one chunk.
+        backend: what runs this rank's kernels; ranks of a group may differ. ``"cpu"``. For batches that fit into one
+            chunk: ``"triton"``, Triton's, in its interpreter where there is no GPU (slow: for tests); ``"cuda-host"``,
+            for tests only, the sources of the CUDA kernels, run thread by thread on the CPU.
+        num_sms: blocks of the CUDA kernels that copy and sum; those that wait have one. ``None``: 2 of ``"cuda-host"``.
+            Nothing to ``"cpu"``; ranks may differ.
 
     Raises:
         TypeError: a field has the wrong type. The message names the field and what to pass.
@@ -149,6 +153,7 @@ class Config:
     num_scales: int | None = None
     weights_at: str = "owner"
     backend: str = "cpu"
+    num_sms: int | None = None
 
     def __post_init__(self) -> None:
         for name, (least, most) in _WHOLE_NUMBERS.items():
@@ -161,6 +166,8 @@ class Config:
         for name, choices in _CHOICES.items():
             _check_choice(name, getattr(self, name), choices)
         _check_dtype(self.dtype)
+        if self.num_sms is not None and not 1 <= as_whole_number("num_sms", self.num_sms) <= MAX_NUM_SMS:
+            raise ValueError(f"num_sms: {self.num_sms} is out of range; pass 1 to {MAX_NUM_SMS}, or None.")
         self._set_chunk()
         self._set_scales()
         self._check_fit()

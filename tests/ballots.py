@@ -1,39 +1,95 @@
-"""Native programs that walk through agreement, compiled for the tests: with all guards, or without one of them."""
+"""Native programs that walk through agreement and whole rounds, compiled for tests: with all guards or without one."""
 
 from __future__ import annotations
 
 import functools
 import os
+import shlex
 import shutil
 import subprocess
-import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-# What each needs beside itself.
-_MEMBERSHIP = ("csrc/host/*.cpp", "csrc/membership/*.cpp")
+BUILD = ROOT / "build" / "native_programs"
+WENT_WRONG = 3  # the exit code when a guard is out and is missed, or a promise was broken
+
+
+@dataclass(frozen=True)
+class Program:
+    """What is compiled: patterns of sources, and options beside those that all share."""
+
+    sources: tuple[str, ...]
+    options: tuple[str, ...] = ()
+
+
 PROGRAMS = {
-    "ballots": ("csrc/host/hooks.cpp",),
-    "agreement_schedules": _MEMBERSHIP,
-    "join_schedules": _MEMBERSHIP,
+    "ballots": Program(("tests/native/ballots.cpp", "csrc/host/hooks.cpp")),
+    "agreement_schedules": Program(
+        ("tests/native/agreement_schedules.cpp", "csrc/host/*.cpp", "csrc/membership/*.cpp")
+    ),
+    "join_schedules": Program(("tests/native/join_schedules.cpp", "csrc/host/*.cpp", "csrc/membership/*.cpp")),
+    "agreement_growth": Program(
+        (
+            *("tests/native/agreement_growth.cpp", "csrc/host/hooks.cpp", "csrc/membership/agreement.cpp"),
+            *(f"csrc/membership/{name}.cpp" for name in ("consensus", "verdict", "vertex_cover", "host_cut")),
+        )
+    ),
+    # The simulator is its own host; everything above the host is what runs in production, but for the sums of rows.
+    "simulate": Program(
+        (
+            *("tests/simulator/*.cpp", "csrc/host/hooks.cpp", "csrc/membership/*.cpp", "csrc/bindings/endpoint*.cpp"),
+            *("csrc/transport/faulty.cpp", "csrc/transport/local.cpp", "csrc/transport/partition.cpp"),
+            *(f"kernels/cpu/{name}.cpp" for name in ("combine", "dispatch", "expand", "machine", "quantize", "reduce")),
+            *("kernels/cpu/stream.cpp", "kernels/cpu/collect*.cpp"),
+        ),
+        ("-DFA2A_SIMULATED=1", "-DFA2A_MAX_RANKS=64", "-ffp-contract=off", "-fno-strict-aliasing", "-U_FORTIFY_SOURCE"),
+    ),
 }
-WENT_WRONG = 3  # the exit code when a guard is out and is missed
+
+
+def _sources(program: Program) -> list[Path]:
+    return [path for pattern in program.sources for path in sorted(ROOT.glob(pattern))]
+
+
+def _is_stale(binary: Path) -> bool:
+    """Any header may be in any program, so all of them count. Seconds of looking would cost more than they save."""
+    if not binary.exists():
+        return True
+    folders = ("csrc", "kernels", "tests")
+    newest = max(
+        path.stat().st_mtime for folder in folders for path in (ROOT / folder).rglob("*.[ch]pp") if path.is_file()
+    )
+    return max(newest, Path(__file__).stat().st_mtime) > binary.stat().st_mtime
+
+
+def _compile(program: Program, source: Path, folder: Path) -> Path:
+    made = folder / (source.relative_to(ROOT).as_posix().replace("/", "_") + ".o")
+    launcher = shlex.split(os.environ.get("CMAKE_CXX_COMPILER_LAUNCHER", ""))
+    compiler = os.environ.get("CXX") or shutil.which("g++") or "c++"
+    options = ["-std=c++17", "-O2", "-DFA2A_TEST_HOOKS=1", f"-I{ROOT}", f"-I{ROOT / 'csrc'}", *program.options]
+    command = [*launcher, compiler, *options, "-c", str(source), "-o", str(made)]
+    subprocess.run(command, cwd=ROOT, check=True, timeout=300)
+    return made
 
 
 @functools.cache
-def _program(name: str) -> tuple[tempfile.TemporaryDirectory, Path]:
-    """Compiled once a session. The folder lives as long as the answer is kept."""
-    folder = tempfile.TemporaryDirectory()
-    program = Path(folder.name) / name
+def program(name: str) -> Path:
+    """Where it is; compiled when anything that may be in it has changed."""
+    folder = BUILD / name
+    binary = folder / name
+    if not _is_stale(binary):
+        return binary
+    folder.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(max_workers=2) as workers:
+        made = list(workers.map(lambda source: _compile(PROGRAMS[name], source, folder), _sources(PROGRAMS[name])))
     compiler = os.environ.get("CXX") or shutil.which("g++") or "c++"
-    options = ["-std=c++17", "-O2", "-DFA2A_TEST_HOOKS=1", f"-I{ROOT}", f"-I{ROOT / 'csrc'}"]
-    sources = [
-        f"tests/native/{name}.cpp",
-        *(str(path) for where in PROGRAMS[name] for path in sorted(ROOT.glob(where))),
-    ]
-    subprocess.run([compiler, *options, *sources, "-pthread", "-o", str(program)], cwd=ROOT, check=True, timeout=300)
-    return folder, program
+    linked = folder / f"{name}.new"
+    subprocess.run([compiler, *map(str, made), "-pthread", "-o", str(linked)], check=True, timeout=300)
+    linked.replace(binary)  # another run of the tests may be using the old one
+    return binary
 
 
 def run(name: str, *arguments: str, timeout_s: float = 300.0) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([str(_program(name)[1]), *arguments], capture_output=True, text=True, timeout=timeout_s)
+    return subprocess.run([str(program(name)), *arguments], capture_output=True, text=True, timeout=timeout_s)

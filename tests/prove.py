@@ -179,10 +179,10 @@ def cut(seed: int) -> dict[str, Any]:
     return drill("--ranks", "8", "--steps", "60", "--cut", "2-5@20", "--silence-ms", "500", "--seed", str(seed))
 
 
-def read_record() -> list[dict[str, Any]]:
-    if not RECORD.exists():
+def read_record(record: Path = RECORD) -> list[dict[str, Any]]:
+    if not record.exists():
         return []
-    return [json.loads(line) for line in RECORD.read_text().splitlines() if line]
+    return [json.loads(line) for line in record.read_text().splitlines() if line]
 
 
 def missing(job: Job, rows: list[dict[str, Any]]) -> Iterator[int]:

@@ -97,6 +97,21 @@ def test_accepts_the_promised_shapes(hidden, num_topk):
         assert config.hidden_bytes % 16 == 0
 
 
+@pytest.mark.parametrize(
+    ("change", "error", "why"),
+    [
+        ({"backend": "tpu"}, ValueError, "^backend"),
+        ({"num_sms": 0}, ValueError, "^num_sms: 0 is out of range; pass 1 to 1024"),
+        ({"num_sms": 1.5}, TypeError, "^num_sms"),
+    ],
+)
+def test_who_runs_the_kernels(change, error, why):
+    with pytest.raises(error, match=why):
+        Config(**{**GOOD, **change})
+    one, other = Config(**GOOD), Config(**{**GOOD, "backend": "cuda-host", "num_sms": 4})
+    assert one.compared(2) == other.compared(2), "ranks of a group may differ in it"
+
+
 def test_accepts_whole_numbers_of_other_libraries():
     np = pytest.importorskip("numpy")
     config = Config(**{**GOOD, "hidden": np.int64(64), "num_topk": torch.tensor(2)})

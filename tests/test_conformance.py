@@ -222,6 +222,23 @@ def wait_for_view(ranks: VirtualRanks, living: Sequence[int], timeout_s: float =
         time.sleep(0.001)
 
 
+# --- who runs the kernels
+
+BACKENDS = {"cpu": ("cpu",), "cuda-host": ("cuda-host",), "mixed": ("cuda-host", "cpu")}
+
+GroupOf = Callable[[int, Config], VirtualRanks]
+
+
+@pytest.fixture
+def group_of(request: pytest.FixtureRequest) -> GroupOf:
+    """Makes the group of a test: all on the CPU, all on the CUDA kernels' twin, or the two in turn."""
+    return lambda num_ranks, config: VirtualRanks(num_ranks, config, backends=BACKENDS[request.param], poison=True)
+
+
+on_each = pytest.mark.parametrize("group_of", ["cpu", "cuda-host"], indirect=True)
+on_each_and_mixed = pytest.mark.parametrize("group_of", list(BACKENDS), indirect=True)
+
+
 # --- the grid
 
 FORMATS = list(
@@ -245,37 +262,41 @@ def name_of(value: object) -> str:
     return "-".join(str(part).removeprefix("torch.") for part in value) if isinstance(value, tuple) else str(value)
 
 
+@on_each_and_mixed
 @pytest.mark.parametrize("formats", FORMATS, ids=name_of)
-def test_all_alive(formats: tuple) -> None:
+def test_all_alive(group_of: GroupOf, formats: tuple) -> None:
     config = config_of(formats)
-    with VirtualRanks(3, config, poison=True) as ranks:
+    with group_of(3, config) as ranks:
         tallies = conform(ranks, RoutedWork(config, 3, seed=1))
     assert sum(tally.lost + tally.unroutable for tally in tallies) == 0 < sum(tally.choices for tally in tallies)
 
 
+@on_each
 @pytest.mark.parametrize("formats", FORMATS, ids=name_of)
-def test_one_dead_before(formats: tuple) -> None:
+def test_one_dead_before(group_of: GroupOf, formats: tuple) -> None:
     config = config_of(formats)
     victim = FORMATS.index(formats) % 3
-    with VirtualRanks(3, config, poison=True) as ranks:
+    with group_of(3, config) as ranks:
         tallies = conform(ranks, RoutedWork(config, 3, seed=2), victim)
     assert sum(tally.unroutable for tally in tallies) > 0 == sum(tally.lost for tally in tallies)
 
 
+@on_each_and_mixed
 @pytest.mark.parametrize(("formats", "phase"), list(zip(itertools.cycle(FORMATS), phases(), strict=False)), ids=name_of)
-def test_one_dies_inside_a_round(formats: tuple, phase: str) -> None:
+def test_one_dies_inside_a_round(group_of: GroupOf, formats: tuple, phase: str) -> None:
     """Each phase with another format."""
     config = config_of(formats)
-    with VirtualRanks(5, config, poison=True) as ranks:
+    with group_of(5, config) as ranks:
         tallies = conform(ranks, RoutedWork(config, 5, seed=3), victim=len(phase) % 5, phase=phase)
     assert sum(tally.unroutable for tally in tallies) > 0
 
 
+@on_each_and_mixed
 @pytest.mark.parametrize("phase", phases())
-def test_rows_and_outcome_at_every_phase(phase: str) -> None:
+def test_rows_and_outcome_at_every_phase(group_of: GroupOf, phase: str) -> None:
     """Packed, four ranks, so that half of the group hears the victim's signal and half does not."""
     config = config_of((torch.bfloat16, "packed", "owner", "drop"), num_experts=8)
-    with VirtualRanks(4, config, poison=True) as ranks:
+    with group_of(4, config) as ranks:
         conform(ranks, RoutedWork(config, 4, seed=4), victim=phases().index(phase) % 4, phase=phase)
 
 
@@ -320,14 +341,15 @@ SHAPES = {
 }
 
 
+@on_each
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 @pytest.mark.parametrize("recv_format", ["batched", "packed"])
 @pytest.mark.parametrize("reduce", ["owner", "expert"])
-def test_shapes(shape: Shape, recv_format: str, reduce: str) -> None:
+def test_shapes(group_of: GroupOf, shape: Shape, recv_format: str, reduce: str) -> None:
     dtype = torch.bfloat16 if (recv_format == "packed") == (reduce == "owner") else torch.float32
     config = config_of((dtype, recv_format, reduce, "drop"), **shape.changes)
     work = RoutedWork(config, shape.num_ranks, 5, shape.num_tokens, shape.idx_dtype, routings_for(config, shape))
-    with VirtualRanks(shape.num_ranks, config, poison=True) as ranks:
+    with group_of(shape.num_ranks, config) as ranks:
         tallies = conform(ranks, work)
     assert sum(tally.lost + tally.unroutable for tally in tallies) == 0
 
@@ -338,24 +360,26 @@ def routings_for(config: Config, shape: Shape) -> tuple[Routing, ...]:
     return ROUTINGS if has_experts else (nobody, skewed, uniform)
 
 
+@on_each
 @pytest.mark.parametrize("name", ["scattered map, rank 1 has none", "seven ranks", "no tokens on some"])
 @pytest.mark.parametrize("recv_format", ["batched", "packed"])
-def test_shapes_with_a_death(name: str, recv_format: str) -> None:
+def test_shapes_with_a_death(group_of: GroupOf, name: str, recv_format: str) -> None:
     shape = SHAPES[name]
     config = config_of((torch.float32, recv_format, "expert", "drop"), **shape.changes)
     work = RoutedWork(config, shape.num_ranks, 6, shape.num_tokens, shape.idx_dtype)
-    with VirtualRanks(shape.num_ranks, config, poison=True) as ranks:
+    with group_of(shape.num_ranks, config) as ranks:
         conform(ranks, work, victim=shape.num_ranks - 1, phase="dispatch.half_signalled")
 
 
+@on_each
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("reduce", ["owner", "expert"])
-def test_product_and_sum_are_rounded_apart(dtype: torch.dtype, reduce: str) -> None:
+def test_product_and_sum_are_rounded_apart(group_of: GroupOf, dtype: torch.dtype, reduce: str) -> None:
     """A weight times a row, less the same: nothing is left of it, unless the product went into the sum unrounded."""
     config = config_of((dtype, "packed", reduce, "drop"), num_experts=2, num_topk=2)
     x = torch.randn(6, config.hidden, generator=torch.Generator().manual_seed(9)).to(dtype)
     idx, weights = torch.tensor([[0, 1]] * 6), torch.full([6, 2], 1 / 3)
-    with VirtualRanks(1, config, poison=True) as ranks:
+    with group_of(1, config) as ranks:
         received, handle = ranks.buffers[0].dispatch(x, idx, weights)
         y = torch.cat([received.x[:6], -received.x[6:]])
         out, _ = ranks.buffers[0].combine(y, handle)

@@ -36,6 +36,14 @@ DRILLS = {
         *("--on-lost", "renormalize", "--dtype", "fp32"),
     ],
     "streams": ["--tokens", "24", "--chunk-tokens", "4", "--kill", "1@10:dispatch.chunk_taken", "--dtype", "fp16"],
+    "cuda-host": ["--kill", "1@10", "--backend", "cuda-host", "--hidden", "256"],
+    "cuda-host with cpu": [
+        *("--kill", "1@6:combine.half_signalled", "--kill", "2@12:dispatch.copy"),
+        *("--backend", "cuda-host,cpu", "--reduce", "expert", "--recv-format", "packed"),
+    ],
+    "cuda-host, rejoin": ["--kill", "1@5", "--rejoin", "1@10", "--backend", "cuda-host,cpu"],
+    "cuda-host, cut": ["--cut", "1-2@10", *QUICK, "--backend", "cuda-host,cpu"],
+    "cuda-host, long stop": ["--stop", "1@10:900", *QUICK, "--backend", "cpu,cuda-host"],
     "no tokens": ["--tokens", "0", "--kill", "1@10"],
     "slow experts": ["--kill", "1@3", "--steps", "6", "--compute-us", "0-60000", "--silence-ms", "100"],
 }
@@ -62,7 +70,7 @@ def come_true(condition, timeout_s=20):
 @pytest.fixture(scope="module")
 def answers():
     before = names_in_shared_memory()
-    answers = run_drills([[*SMALL, *drill] for drill in DRILLS.values()])
+    answers = run_drills([[*SMALL, *drill] for drill in DRILLS.values()], timeout_s=240)
     assert come_true(lambda: names_in_shared_memory() <= before)
     return dict(zip(DRILLS, answers, strict=True))
 
@@ -92,6 +100,9 @@ def test_every_promise_holds(answers, name):
         ("short stop", [], None),
         ("long stop", [1], "silence"),
         ("long stop from outside", [3], "silence"),
+        ("cuda-host", [1], "exit"),
+        ("cuda-host with cpu", [1, 2], "exit"),
+        ("cuda-host, long stop", [1], "silence"),
     ],
 )
 def test_who_goes_and_why(answers, name, evicted, evidence):
@@ -105,8 +116,9 @@ def test_who_goes_and_why(answers, name, evicted, evidence):
             assert 0 <= line["detect_ms"] <= line["agree_ms"]
 
 
-def test_a_cut_link_costs_one_rank(answers):
-    answer = answers["cut"]
+@pytest.mark.parametrize("name", ["cut", "cuda-host, cut"])
+def test_a_cut_link_costs_one_rank(answers, name):
+    answer = answers[name]
     assert len(answer["evicted"]) == 1 and answer["evicted"][0] in (1, 2)
     assert answer["agree_ms"] >= 200
 
@@ -186,8 +198,9 @@ def test_help_lists_the_phases():
         (["--rejoin", "1@1"], "rank 1 has not lost its place by then"),
         (["--repair"], "--repair: repairing a step from replicas comes with a later release"),
         (["--replicas", "2"], "--replicas: .* comes with a later release"),
-        (["--backend", "rocm"], "kernels for 'rocm' come with a later release; pass cpu or triton"),
+        (["--backend", "rocm"], "kernels for 'rocm' come with a later release; pass cpu or triton or cuda-host"),
         (["--backend", "cpu,triton", "--chunk-tokens", "2"], "backend: 'triton' sends every batch in one chunk"),
+        (["--backend", "cpu,cuda-host", "--chunk-tokens", "2"], "backend: 'cuda-host' sends every batch in one chunk"),
         (["--hidden", "12"], "hidden: 12 is not a multiple of 8"),
         (["--topk", "40"], "num_topk: 40 is out of range"),
         (["--text", "/nowhere"], "--text /nowhere: No such file"),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import nvrtc
+from fault_a2a import nvrtc
 
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
 HEADERS = sorted(path.relative_to(CSRC).as_posix() for path in (CSRC / "protocol").glob("*.hpp"))
@@ -55,7 +55,7 @@ def nvrtc_library(program: str, folder: Path) -> str:
     if library is None:
         pytest.skip("no libnvrtc: neither the package nvidia-cuda-nvrtc nor a CUDA toolkit with it is installed")
     try:
-        return nvrtc.compile_program(library, program, [f"-I{CSRC}", "-std=c++17", f"-arch={ARCH}"])
+        return nvrtc.compile_program(library, program, [f"-I{CSRC}", "-std=c++17", f"-arch={ARCH}"]).log
     except nvrtc.CompileError as error:
         return str(error)
 

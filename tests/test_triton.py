@@ -18,7 +18,7 @@ from fault_a2a.buffer import Buffer
 from fault_a2a.config import Config
 from fault_a2a.core_fields import phases
 from fault_a2a.errors import ClosedError
-from fault_a2a.reference import same_bits
+from fault_a2a.reference import combine, same_bits
 from fault_a2a.testing.virtual import VirtualRanks
 from tests.rig import Checker, Tally, Work, raised, run_checked, run_two_open, views_agree
 from tests.test_conformance import FORMATS, RoutedWork, config_of, conform, name_of
@@ -180,6 +180,19 @@ def test_misuse_is_told_before_anything_is_sent() -> None:
         assert buffer.source_stats()[0].num_rows > 0
     with pytest.raises(ValueError, match="backend: 'triton' sends every batch in one chunk"):
         Config(**TINY, backend="triton", num_chunk_tokens=2)
+
+
+def test_weights_that_come_with_the_sums_and_memory_for_them() -> None:
+    config = tiny()
+    work = Work(config, 1, seed=9)
+    with group(1, config) as ranks:
+        buffer, (x, idx, weights) = ranks.buffers[0], work.tokens(0, 0)
+        received, handle = buffer.dispatch(x, idx, torch.full_like(weights, 7.0))
+        out = torch.full_like(x, float("nan"))
+        returned, outcome = buffer.combine(received.x, handle, out=out, topk_weights=weights)
+        rows = x[:, None].expand(-1, config.num_topk, -1)
+        assert returned is out and same_bits(out, combine(rows, idx, weights, outcome.codes)).all()
+        assert buffer.verbs.stats()["num_lost"] == buffer.verbs.stats()["num_unroutable"] == 0
 
 
 # --- waits end

@@ -124,6 +124,7 @@ void Endpoint::set_up_context() {
   context_.wire = wire_.get();
   context_.stalls.assign(static_cast<size_t>(config_.shape.num_ranks), StallWatch());
   context_.sources.assign(static_cast<size_t>(config_.shape.num_ranks), SourceStats());
+  if (config_.cuda_host) twin_ = std::make_unique<twin::TwinRank>(context_, config_.twin);
 }
 
 void Endpoint::start_pulse(const Decision& first, bool joining) {
@@ -133,6 +134,7 @@ void Endpoint::start_pulse(const Decision& first, bool joining) {
   options.agreement.num_partitions = num_partitions(config_.shape);
   options.agreement.settle_ns = config_.settle_ms * kNsPerMs;
   options.agreement.timeout_ns = config_.agreement_timeout_ms * kNsPerMs;
+  options.agreement.host_of = config_.host_of;
   options.agreement.by_windows = config_.agree_by_windows;
   options.beat_ns = config_.beat_ms * kNsPerMs;
   options.link_ns = config_.link_ms * kNsPerMs;
@@ -168,9 +170,9 @@ void Endpoint::set_timeouts(i32 rank, i64 silence_ms, i64 stall_ms) {
 }
 
 // Several ticks fit into the shortest stall timeout that I know of; a peer's own table may be shorter, so there is a
-// ceiling.
+// ceiling. And four into my own link timeout, for my watcher.
 void Endpoint::update_tick() {
-  i64 shortest = 400 * kNsPerMs;
+  i64 shortest = std::min(400 * kNsPerMs, 2 * config_.link_ms * kNsPerMs);
   for (i32 rank = 0; rank < config_.shape.num_ranks; ++rank)
     shortest = std::min(shortest, static_cast<i64>(load_relaxed(&state_->stall_ns[rank])));
   context_.tick_ns = std::max(shortest / 8, kNsPerMs);
@@ -185,7 +187,9 @@ Result Endpoint::call(Call work) {
   if (result.status == Status::evicted || result.status == Status::closed) return result;
 #if defined(FA2A_TEST_HOOKS) && FA2A_TEST_HOOKS
   try {
-    return work();
+    result = work();
+    if (twin_ && twin_->is_stuck()) throw std::logic_error("a kernel has a barrier that not all of its threads reach");
+    return result;
   } catch (const Crashed&) {
     crash();
     result.status = Status::closed;
@@ -197,23 +201,25 @@ Result Endpoint::call(Call work) {
 }
 
 DispatchResult Endpoint::dispatch_send(const DispatchArgs& args) {
-  return call<DispatchResult>([&] { return fa2a::dispatch_send(context_, args); });
+  return call<DispatchResult>([&] { return twin_ ? twin_->dispatch_send(args) : fa2a::dispatch_send(context_, args); });
 }
 
 DispatchResult Endpoint::dispatch_receive(const ReceiveArgs& args) {
-  return call<DispatchResult>([&] { return fa2a::dispatch_receive(context_, args); });
+  return call<DispatchResult>(
+      [&] { return twin_ ? twin_->dispatch_receive(args) : fa2a::dispatch_receive(context_, args); });
 }
 
 CombineResult Endpoint::combine_send(const CombineArgs& args) {
-  return call<CombineResult>([&] { return fa2a::combine_send(context_, args); });
+  return call<CombineResult>([&] { return twin_ ? twin_->combine_send(args) : fa2a::combine_send(context_, args); });
 }
 
 CombineResult Endpoint::combine_receive(const ReduceArgs& args) {
-  return call<CombineResult>([&] { return fa2a::combine_receive(context_, args); });
+  return call<CombineResult>(
+      [&] { return twin_ ? twin_->combine_receive(args) : fa2a::combine_receive(context_, args); });
 }
 
 CombineResult Endpoint::abandon(u64 round) {
-  return call<CombineResult>([&] { return fa2a::abandon(context_, round); });
+  return call<CombineResult>([&] { return twin_ ? twin_->abandon(round) : fa2a::abandon(context_, round); });
 }
 
 CollectiveResult Endpoint::gather_all(const CollectiveArgs& args) {
@@ -253,7 +259,7 @@ void Endpoint::close() {
   if (!pulse_) return;
   // Peers wait for an answer to every round that was opened.
   for (OpenRound& open : context_.rounds)
-    if (open.stage != Stage::closed) fa2a::abandon(context_, open.round);
+    if (open.stage != Stage::closed) twin_ ? twin_->abandon(open.round) : fa2a::abandon(context_, open.round);
   pulse_->leave();
 }
 

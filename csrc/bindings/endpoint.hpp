@@ -9,6 +9,7 @@
 
 #include "kernels/cpu/collective.hpp"
 #include "kernels/cpu/context.hpp"
+#include "kernels/cuda/twin/rank.hpp"
 #include "membership/pulse.hpp"
 
 namespace fa2a {
@@ -25,12 +26,15 @@ struct EndpointConfig {
   std::vector<i32> expert_local;
   i32 num_local_experts = 0;
   i64 beat_ms = 10, silence_ms = 2000, stall_ms = 30000, link_ms = 5000, settle_ms = 50, agreement_timeout_ms = 10000;
+  std::vector<i32> host_of;  // [num_ranks], the same on every rank; empty: it is not known who shares a host
   i64 join_hold_ms = 500;
   i32 num_founders = 0;  // the lowest ranks, which are in the first view
   // false: whoever owns this endpoint carries proposals to an arbiter.
   bool agree_by_windows = true;
   u64 first_round = 0;  // tests start just before a field's end
   u64 first_epoch = 0;
+  bool cuda_host = false;  // the CUDA kernels, run by their twin on this host
+  twin::TwinOptions twin;
   bool poison = false;  // fill fresh partitions with NaN, and their signal words with stale signals
 };
 
@@ -114,7 +118,8 @@ class Endpoint : private Doors {
   std::unique_ptr<RankState> state_;
   std::unique_ptr<Pulse> pulse_;
   Context context_;
-  std::mutex calls_;  // one kernel at a time
+  std::unique_ptr<twin::TwinRank> twin_;  // instead of the CPU kernels
+  std::mutex calls_;                      // one kernel at a time
   bool closed_ = false;
   bool crashed_ = false;
   // Of a member, for whom a partition is ready; of a newcomer, which members it reaches and which know of it.
@@ -122,7 +127,7 @@ class Endpoint : private Doors {
   i32 prepared_partition_ = -1;
   NewcomerFabric* newcomer_ = nullptr;
   std::vector<u64> knocked_at_;  // per rank: the incarnation that was knocked at
-  std::vector<u64> reached_;     // per rank: the incarnation whose offer is mapped
+  std::vector<u64> reached_;     // per rank: which offer of which incarnation is mapped
 };
 
 }  // namespace fa2a

@@ -142,6 +142,11 @@ EndpointConfig config_of(const py::dict& fields) {
   config.settle_ms = fields["settle_ms"].cast<i64>();
   config.agreement_timeout_ms = fields["agreement_timeout_ms"].cast<i64>();
   config.agree_by_windows = fields["agree_by_windows"].cast<bool>();
+  config.cuda_host = fields["cuda_host"].cast<bool>();
+  if (const i32 num_sms = fields["num_sms"].cast<i32>(); num_sms > 0) config.twin.num_blocks = num_sms;
+  if (fields.contains("twin_threads")) config.twin.num_threads = fields["twin_threads"].cast<i32>();
+  if (fields.contains("twin_seed")) config.twin.seed = fields["twin_seed"].cast<u64>();
+  if (fields.contains("twin_weak")) config.twin.weak = fields["twin_weak"].cast<bool>();
   config.num_founders = fields.contains("num_founders") ? fields["num_founders"].cast<i32>() : config.shape.num_ranks;
   if (fields.contains("first_round")) config.first_round = fields["first_round"].cast<u64>();
   if (fields.contains("first_epoch")) config.first_epoch = fields["first_epoch"].cast<u64>();
@@ -203,8 +208,9 @@ const char* call_combine_send(Endpoint& endpoint, std::uintptr_t y, u64 round) {
 }
 
 const char* call_combine_receive(Endpoint& endpoint, u64 round, std::uintptr_t out, std::uintptr_t codes,
-                                 std::uintptr_t lost) {
-  const ReduceArgs args{round, pointer<u8>(out), pointer<u8>(codes), pointer<u8>(lost)};
+                                 std::uintptr_t lost, std::uintptr_t topk_weights) {
+  const ReduceArgs args{round, pointer<u8>(out), pointer<u8>(codes), pointer<u8>(lost),
+                        pointer<const float>(topk_weights)};
   return name_of(unlocked([&] { return endpoint.combine_receive(args); }).status);
 }
 
@@ -242,6 +248,8 @@ py::dict stats(Endpoint& endpoint) {
   out["num_rounds"] = endpoint.context().stats.num_rounds;
   out["num_rejected"] = endpoint.context().stats.num_rejected;
   out["num_rechecks"] = endpoint.context().stats.num_rechecks;
+  out["num_lost"] = load_relaxed(&endpoint.context().stats.num_lost);
+  out["num_unroutable"] = load_relaxed(&endpoint.context().stats.num_unroutable);
   out["next_round"] = endpoint.context().next_round;
   return out;
 }
@@ -271,7 +279,8 @@ void bind_endpoint(py::module_& m) {
       .def("dispatch_send", &call_dispatch_send)
       .def("dispatch_receive", &call_dispatch_receive)
       .def("combine_send", &call_combine_send)
-      .def("combine_receive", &call_combine_receive)
+      .def("combine_receive", &call_combine_receive, py::arg("round"), py::arg("out"), py::arg("codes"),
+           py::arg("lost"), py::arg("topk_weights") = 0)
       .def("abandon", &call_abandon)
       .def("gather_all", &call_gather_all)
       .def("sources", &sources)
@@ -297,6 +306,7 @@ void bind_endpoint(py::module_& m) {
              return out;
            })
       .def("suspects", [](Endpoint& e) { return ranks_of(suspects_of(e.state()), e.config().shape.num_ranks); })
+      .def("last_beat_ns", [](Endpoint& e, i32 rank) { return load_acquire(&e.fabric().page(rank).process_beat); })
       .def("fault_at_ns", [](Endpoint& e, i32 rank) { return load_acquire(&e.fabric().page(rank).fault_at_ns); })
       .def("next_proposal",
            [](Endpoint& e, i64 timeout_ms) -> py::object {

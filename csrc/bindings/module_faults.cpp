@@ -7,6 +7,7 @@
 
 #include "bindings/endpoint.hpp"
 #include "host/clock.hpp"
+#include "kernels/cuda/plants.hpp"
 
 namespace py = pybind11;
 
@@ -87,6 +88,12 @@ void bind_faults(py::module_& m, py::class_<Endpoint, std::shared_ptr<Endpoint>>
   m.attr("has_hooks") = true;
   m.def("promise_litmus", &promise_litmus, py::call_guard<py::gil_scoped_release>());
   m.def("set_guards_off", [](u64 bits) { guards_off = bits; });
+  m.def("set_planted_bugs", [](u64 bits) { planted_bugs = bits; });
+  m.attr("planted_bug_names") = std::vector<std::string>{
+#define FA2A_PLANT_TEXT(name) #name,
+      FA2A_PLANTS(FA2A_PLANT_TEXT)
+#undef FA2A_PLANT_TEXT
+  };
   endpoint.def("arm", &arm)
       .def("set_faults", &set_faults)
       .def(

@@ -183,6 +183,7 @@ Agreement::Prospect Agreement::consider(const std::vector<MemberReport>& reports
   input.proven_dead = proven;
   input.accused_by = edges.accused_by.data();
   input.past_edges = current_.past_edges;
+  input.host_of = options_.host_of.empty() ? nullptr : options_.host_of.data();
   const Verdict verdict = fa2a::verdict(input);
 
   Prospect prospect;

@@ -19,6 +19,7 @@ struct AgreementOptions {
   i64 settle_ns = 50 * 1000000;
   i64 timeout_ns = 10000ll * 1000000;  // without a decision for this long, quorum counts as lost
   i64 stagger_ns = 20 * 1000000;       // the i-th member of the next view proposes i times later
+  std::vector<i32> host_of;            // [num_ranks], the same on every rank; empty: one rank a host
   bool by_windows = true;              // false: an arbiter outside decides between proposals
 };
 

@@ -11,13 +11,13 @@
 namespace fa2a {
 
 constexpr u32 kBallotRankBits = 10;
-static_assert(1 << kBallotRankBits == kMaxRanks, "a ballot names its rank");
+static_assert(1 << kBallotRankBits >= kMaxRanks, "a ballot names its rank");
 
 // Above `highest`, and no other rank's ever.
 constexpr u64 next_ballot(u64 highest, i32 rank) {
   return ((highest >> kBallotRankBits) + 1) << kBallotRankBits | static_cast<u64>(rank);
 }
-constexpr i32 rank_of_ballot(u64 ballot) { return static_cast<i32>(ballot & (kMaxRanks - 1)); }
+constexpr i32 rank_of_ballot(u64 ballot) { return static_cast<i32>(ballot & ((1 << kBallotRankBits) - 1)); }
 
 // The acceptor. True: the record changed, and must be stored; storing it is the answer.
 template <class Value>

@@ -35,17 +35,28 @@ Evidence Detector::judge_silence(Peer& peer, const OwnWait& wait, const Timeouts
   return now_ns_ - since >= timeouts.silence_ns ? Evidence::silence : Evidence::none;
 }
 
+// A kernel that hangs in a wait says for ever that it looks and finds nothing. What it shows of itself stands still
+// then; while it looks, it ticks four times in a link timeout. Without this a rank whose own kernel hangs blames its
+// peers for what it does not read, and with one of them the higher rank goes, which may be the peer.
+bool Detector::looks_no_more(const OwnWait& wait, i64 link_ns) {
+  if (wait.progress != own_progress_ || own_progress_since_ns_ == 0) {
+    own_progress_ = wait.progress;
+    own_progress_since_ns_ = now_ns_;
+  }
+  return now_ns_ - own_progress_since_ns_ > link_ns / 2 && guarded(guard_own_kernel);
+}
+
 // The peer beats and says that it has signalled the very word we wait for: the path between us is lost, which its
 // beats, by another path, would otherwise hide for ever.
-Evidence Detector::judge_link(Peer& peer, const PeerSample& sample, const OwnWait& wait,
-                              const Timeouts& timeouts) const {
+Evidence Detector::judge_link(Peer& peer, const PeerSample& sample, const OwnWait& wait, const Timeouts& timeouts) {
+  const bool looks = !looks_no_more(wait, timeouts.link_ns);
   // Only the word being looked at is known to be absent: others that a kernel will come to may have arrived.
   // And a peer that is two rounds on has closed this one, so it has said something to everybody whom it counts in.
   // (In a collective, its number stands where the round would.)
   const bool both_rounds = signal_field::Attempt::unpack(wait.word) != static_cast<u64>(WordKind::collective) &&
                            progress_field::Phase::unpack(sample.progress) != static_cast<u64>(Phase::collective);
   const bool is_long_past = both_rounds && rounds_ahead(sample.progress, signal_field::Round::unpack(wait.word)) >= 2;
-  const bool past_it = wait.absent && (was_sent(sample.sent, wait.word) || is_long_past);
+  const bool past_it = looks && wait.absent && (was_sent(sample.sent, wait.word) || is_long_past);
   if (!past_it) {
     peer.link_since_ns = 0;
     return Evidence::none;

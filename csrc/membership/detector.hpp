@@ -24,6 +24,7 @@ struct OwnWait {
   i64 since_ns = 0;     // 0: nobody waits for it
   bool absent = false;  // a kernel looks at its word this moment, and it is not there
   u64 word = 0;         // which one; see pack_waiting
+  u64 progress = 0;     // of this rank itself: it ticks for as long as its kernel really looks
   bool kernel_suspects = false;
 };
 
@@ -55,10 +56,13 @@ class Detector {
     Evidence evidence = Evidence::none;
   };
   Evidence judge_silence(Peer& peer, const OwnWait& wait, const Timeouts& timeouts) const;
-  Evidence judge_link(Peer& peer, const PeerSample& sample, const OwnWait& wait, const Timeouts& timeouts) const;
+  bool looks_no_more(const OwnWait& wait, i64 link_ns);
+  Evidence judge_link(Peer& peer, const PeerSample& sample, const OwnWait& wait, const Timeouts& timeouts);
   i64 restarted(i64 timeout_ns) const;
 
   std::vector<Peer> peers_;
+  u64 own_progress_ = 0;
+  i64 own_progress_since_ns_ = 0;
   i64 now_ns_ = 0;
   i64 gap_ns_ = 0;
   // Times at which this watcher woke from the longest sleeps: deadlines of a timeout count from the last gap over a

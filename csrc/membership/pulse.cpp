@@ -89,8 +89,19 @@ void Pulse::look(i64 now) {
   for (i32 rank = 0; rank < options_.agreement.num_ranks; ++rank) {
     if (rank == options_.agreement.rank || proven_dead_.has(rank)) continue;
     if (!newest_view(state_.ring).active.has(rank)) continue;
-    accuse(rank, look_at(rank));
+    const Evidence found = look_at(rank);
+    if (found == Evidence::left && has_left_as_decided(rank)) continue;
+    accuse(rank, found);
   }
+}
+
+// It was gone before this rank came to adopt the view that leaves it out, which stands on its page and is adopted in
+// this very turn. To accuse it would be to take a planned leave for a fault.
+bool Pulse::has_left_as_decided(i32 rank) {
+  LastRead<Decision>& decision = copies_[static_cast<size_t>(rank)].decision;
+  if (!decision.newest(pages_[static_cast<size_t>(rank)]->decision)) return false;
+  const View& view = decision.record.view;
+  return view.epoch > newest_view(state_.ring).epoch && !view.active.has(rank);
 }
 
 Evidence Pulse::look_at(i32 rank) {
@@ -111,6 +122,7 @@ Evidence Pulse::look_at(i32 rank) {
   if (wait.since_ns == 0 && awaited_promises_.has(rank)) wait.since_ns = awaited_since_ns_;
   wait.absent = load_relaxed(&state_.waiting_peer) == static_cast<u64>(rank) + 1;
   wait.word = load_relaxed(&state_.waiting_word);
+  wait.progress = load_relaxed(&own().progress);
   const u64 kind = signal_field::Attempt::unpack(wait.word) % kNumWordKinds;
   const u64 parity = signal_field::Round::unpack(wait.word) % kNumParities;
   sample.sent = load_acquire(&page.sent[options_.agreement.rank].words[kind][parity]);

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "membership/host_cut.hpp"
 #include "membership/vertex_cover.hpp"
 #include "protocol/control_page.hpp"
 
@@ -110,34 +111,73 @@ std::vector<Clause> explain(const VerdictInput& input, const Accusations& live, 
 
 void append(std::string& text, const std::string& part) { text += (text.empty() ? "" : "; ") + part; }
 
-std::string name_rest(const RankSet& unexplained, bool exact, bool is_anyone_left) {
+std::string name_rest(const RankSet& unexplained, bool searched, bool is_anyone_left) {
   std::string text;
   if (!unexplained.empty()) append(text, name_ranks(unexplained) + " evicted: for further accusations");
-  if (!exact) append(text, "for accusations at most twice as many were evicted as had to be");
+  if (!searched) append(text, "for accusations at most twice as many were evicted as had to be");
   if (!is_anyone_left) append(text, "no member is left");
   return text;
 }
 
 // Clauses for as long as they fit: the view carries kReasonBytes, and half a sentence misleads. The dead and the rest
 // always fit, as lists of ranks are short.
-std::string name_reason(const std::vector<Clause>& clauses, const RankSet& dead, const RankSet& accused, bool exact,
-                        bool is_anyone_left) {
-  std::string text;
-  if (!dead.empty()) append(text, name_ranks(dead) + " evicted: proven dead");
+std::string name_reason(const std::vector<Clause>& clauses, const std::string& about_dead, const RankSet& accused,
+                        bool searched, bool is_anyone_left) {
+  std::string text = about_dead;
   RankSet unexplained = accused;
   for (const Clause& clause : clauses) {
     std::string longer = text, whole;
     append(longer,
            name_ranks(clause.ranks) + " evicted: " + (clause.ranks.size() == 1 ? "it " : "each ") + clause.text);
     whole = longer;
-    append(whole, name_rest(unexplained.without(clause.ranks), exact, is_anyone_left));
+    append(whole, name_rest(unexplained.without(clause.ranks), searched, is_anyone_left));
     if (whole.size() >= kReasonBytes) break;
     text = longer;
     unexplained = unexplained.without(clause.ranks);
   }
-  const std::string rest = name_rest(unexplained, exact, is_anyone_left);
+  const std::string rest = name_rest(unexplained, searched, is_anyone_left);
   if (!rest.empty()) append(text, rest);
   return text;
+}
+
+// A host all of whose members died is one event to whoever reads this.
+std::string name_dead(const VerdictInput& input, const RankSet& members, const RankSet& dead) {
+  if (dead.empty()) return "";
+  std::string hosts;
+  i32 num_named = 0;
+  RankSet whole;
+  for (i32 rank = 0; input.host_of != nullptr && rank < kMaxRanks; ++rank) {
+    if (!dead.has(rank) || whole.has(rank)) continue;
+    RankSet mates;
+    for (i32 mate = 0; mate < kMaxRanks; ++mate)
+      if (members.has(mate) && input.host_of[mate] == input.host_of[rank]) mates.add(mate);
+    if (mates.size() < 2 || !mates.without(dead).empty() || num_named == kMaxRanges) continue;
+    whole = whole | mates;
+    hosts += (num_named++ > 0 ? ", " : "") + std::to_string(input.host_of[rank]);
+  }
+  const std::string text = name_ranks(dead) + " evicted: proven dead";
+  if (num_named == 0) return text;
+  return text + (whole == dead ? ", all of host" : ", among them all of host") + (num_named > 1 ? "s " : " ") + hosts;
+}
+
+// The fewest ranks, or one host that explains as much as they do.
+struct Choice {
+  RankSet ranks;
+  bool is_host = false;
+};
+
+Choice choose(const VerdictInput& input, const RankSet& alive, const Accusations& live, const Cover& cover) {
+  const i32 fewest = cover.chosen.size();
+  if (fewest < 2) return {cover.chosen, false};
+  const RankSet host =
+      cut_off_host({alive, live.neighbours, live.num_edges, input.host_of, cover.exact() ? 2 * fewest : fewest});
+  return host.empty() ? Choice{cover.chosen, false} : Choice{host, true};
+}
+
+Clause explain_host(const VerdictInput& input, const RankSet& host) {
+  return {"is on host " + std::to_string(input.host_of[host.lowest()]) +
+              ", which is cut off: every accusation crosses its border, and all its members are part of one",
+          host};
 }
 
 }  // namespace
@@ -152,13 +192,18 @@ Verdict verdict(const VerdictInput& input) {
   const Accusations live = live_accusations(input, num_ranks, alive);
   const Cover cover = smallest_cover(live.neighbours, live.num_edges);
 
+  const Choice choice = choose(input, alive, live, cover);
+
   Verdict out;
-  out.evicted = dead | cover.chosen;
+  out.evicted = dead | choice.ranks;
   out.next = members.without(out.evicted);
-  out.exact = cover.exact();
-  out.reason = out.evicted.empty() ? same_members_reason()
-                                   : name_reason(explain(input, live, cover, out.next), dead, cover.chosen, out.exact,
-                                                 !out.next.empty());
+  out.exact = cover.exact() && choice.ranks.size() == cover.chosen.size();
+  out.reason = same_members_reason();
+  if (out.evicted.empty()) return out;
+  const std::vector<Clause> clauses =
+      choice.is_host ? std::vector<Clause>{explain_host(input, choice.ranks)} : explain(input, live, cover, out.next);
+  out.reason = name_reason(clauses, name_dead(input, members, dead), choice.ranks, choice.is_host || cover.exact(),
+                           !out.next.empty());
   return out;
 }
 

@@ -19,6 +19,12 @@
 //   2. then the one with the higher ranks: of two choices, the one that holds the highest rank in which they differ.
 // These rules order all choices totally, so every rank that sees the same input picks the same view.
 //
+// A host that is cut off is one event, and goes as one. Rank by rank, the fewest that end all accusations across a lost
+// path between two hosts are often some of one and some of the other, and the ranks that stay still have the lost path
+// between them, for the next epoch and the one after. So if one host explains every accusation (host_cut.hpp has what
+// that means), and the fewest ranks are two or more, the host goes instead: as long as its living members are not more
+// than twice the fewest (or, where these were not searched, not more than the ranks found).
+//
 // Never everybody: of a connected set of accusers, all but one is always enough. `next` is empty only when all members
 // are proven dead.
 #pragma once
@@ -38,12 +44,15 @@ struct VerdictInput {
   // and bits of ranks that are proven dead or no members.
   const RankSet* accused_by = nullptr;
   const u32* past_edges = nullptr;  // [num_ranks]; accusations each rank was part of in closed epochs
+  const i32* host_of = nullptr;     // [num_ranks]; any numbers, equal on one host; nullptr: one rank a host
 };
 
 struct Verdict {
-  RankSet next;        // members of the next view
-  RankSet evicted;     // members that are not in it
-  bool exact;          // false: too tangled to search (vertex_cover.hpp has the bound); at most twice the fewest went
+  RankSet next;     // members of the next view
+  RankSet evicted;  // members that are not in it
+  // false: more went for accusations than had to, or it is not known; at most twice the fewest did. A host that went as
+  // one, or too tangled to search (vertex_cover.hpp has the bound).
+  bool exact;
   std::string reason;  // for the operator; always fits kReasonBytes of a view
 };
 

@@ -29,6 +29,7 @@ namespace fa2a {
   X(beat)                 /* the native thread beats, whatever Python does                     */ \
   X(gap_restart)          /* a watcher that slept restarts its deadlines                       */ \
   X(waited_only)          /* silence counts only while somebody waits                          */ \
+  X(own_kernel)           /* a kernel that hangs is no witness of a broken link                */ \
   X(incarnation)          /* a partition belongs to one incarnation, fresh ones are pre-filled */ \
   X(evicted_is_suspect)   /* nobody waits for a rank that was voted out  */                       \
   X(view_once)            /* a round keeps the view that it began with                         */ \

@@ -31,6 +31,17 @@ FA2A_HD void fetch_and(u64* word, u64 bits) {
 }
 FA2A_HD void full_fence() { asm volatile("fence.sc.sys;" ::: "memory"); }
 
+#elif defined(FA2A_SIMULATED)
+
+// The simulator's: at each of them another rank may go on, and a store into a peer's window is under way for a while.
+u64 load_acquire(const u64* word);
+u64 load_relaxed(const u64* word);
+void store_release(u64* word, u64 value);
+void store_relaxed(u64* word, u64 value);
+void fetch_or(u64* word, u64 bits);
+void fetch_and(u64* word, u64 bits);
+void full_fence();
+
 #else
 
 FA2A_HD u64 load_acquire(const u64* word) { return __atomic_load_n(word, __ATOMIC_ACQUIRE); }

@@ -5,7 +5,13 @@
 
 namespace fa2a {
 
+// Every table by rank is so long, and a view travels whole. The simulator, whose groups are small, asks for less.
+#if defined(FA2A_MAX_RANKS)
+constexpr i32 kMaxRanks = FA2A_MAX_RANKS;
+#else
 constexpr i32 kMaxRanks = 1024;
+#endif
+static_assert(kMaxRanks % 64 == 0, "whole words");
 
 struct RankSet {
   static constexpr i32 kNumWords = kMaxRanks / 64;

@@ -11,6 +11,8 @@
 #include "protocol/phases.hpp"
 #include "transport/fabric.hpp"
 #if defined(FA2A_TEST_HOOKS) && FA2A_TEST_HOOKS
+#include <vector>
+
 #include "transport/faults.hpp"
 #endif
 
@@ -29,8 +31,12 @@ class Wire {
   }
   void put_row_header(i32 dst, RowHeader* to, const RowHeader& header, const RowChoice* choices) {
     if (faults.cut.has(dst)) return;
-    store_row_header(to, header, choices);
-    faults.lie_about(to);
+    // Made here and copied like a row, so that the simulator can have it under way for as long.
+    std::vector<u8> staged(sizeof header + sizeof(RowChoice) * static_cast<u64>(header.num_choices));
+    auto* at = reinterpret_cast<RowHeader*>(staged.data());
+    store_row_header(at, header, choices);
+    faults.lie_about(at);
+    copy_row(reinterpret_cast<u8*>(to), staged.data(), staged.size());
   }
   void put_signal(i32 dst, u64* word, u64 value, bool combine) {
     finish_copies();
@@ -44,7 +50,7 @@ class Wire {
   void put_claims(i32 dst, void* to, i32* claims, i32 num_experts) {
     if (faults.cut.has(dst)) return;
     faults.lie_about_claims(claims, num_experts);
-    memcpy(to, claims, sizeof(i32) * static_cast<u64>(num_experts));
+    copy_row(static_cast<u8*>(to), reinterpret_cast<const u8*>(claims), sizeof(i32) * static_cast<u64>(num_experts));
   }
   void put_progress(i32 dst, u64* word, u64 value) {
     if (!faults.cut.has(dst)) store_release(word, value);

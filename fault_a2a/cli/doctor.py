@@ -111,7 +111,8 @@ def _triton() -> Found:
 
 
 def _cuda() -> Found:
-    return {"available": False, "why": f"CUDA kernels come with a later release; {_gpus()}"}
+    why = "CUDA kernels compile (fault-a2a compile) and are launched on a GPU by a later release"
+    return {"available": False, "why": f"{why}; {_gpus()}"}
 
 
 def _gpus() -> str:

@@ -10,7 +10,8 @@ import sys
 from collections.abc import Sequence
 
 from fault_a2a._version import __version__
-from fault_a2a.cli import bench, doctor
+from fault_a2a.cli import bench, doctor, soak
+from fault_a2a.cli import compile as compile_command
 from fault_a2a.cli.drill import command as drill
 from fault_a2a.cli.drill import options as drill_options
 
@@ -42,6 +43,18 @@ COMMANDS = (
         "starts a real group of processes, injects real faults, and checks every promise",
         drill_options.add_arguments,
         drill.run,
+    ),
+    (
+        "compile",
+        "compiles every CUDA kernel for given chips, no GPU needed",
+        compile_command.add_arguments,
+        compile_command.run,
+    ),
+    (
+        "soak",
+        "random real faults on real processes, group after group, until the time is over",
+        soak.add_arguments,
+        soak.run,
     ),
     (
         "bench",

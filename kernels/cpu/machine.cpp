@@ -15,14 +15,6 @@ void relax() {
 
 }  // namespace
 
-Status released_status(const RankState& state) {
-  const u64 why = load_acquire(&state.release);
-  if ((why & release_evicted) != 0) return Status::evicted;
-  if ((why & release_closing) != 0) return Status::closed;
-  if ((why & release_quorum_lost) != 0) return Status::quorum_lost;
-  return Status::ok;
-}
-
 void CpuMachine::enter(Phase phase) {
   phase_ = phase;
   show();

@@ -45,8 +45,12 @@ class CpuMachine {
   void rest(i32 peer);
 
  private:
+#if defined(FA2A_SIMULATED)
+  static constexpr i32 kNumSpins = 0;  // nobody comes in between two polls there, so a spin would only cost time
+#else
   static constexpr i32 kNumSpins =
       64;  // about a microsecond; longer spins starve the peer that we wait for on a busy host
+#endif
 
   void show();
   void watch(i32 peer);

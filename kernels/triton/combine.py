@@ -23,6 +23,7 @@ from fault_a2a.kernels.triton.words import (
     INBOUND,
     NUM_LOST,
     NUM_PARITIES,
+    NUM_UNROUTABLE,
     ROUND,
     ROWS_FROM,
     SINCE_NS,
@@ -110,6 +111,7 @@ def count_answers(lane, at: tl.constexpr):
     store64(cell(lane, rank, HEARD, at), rank * 0 + OUT, short)
     store64(cell(lane, rank, ANSWERED, at), counted((heard == PRESENT) & ~short), in_group)
     store64(lane_word(lane, NUM_LOST), tl.full([], 0, tl.int64))
+    store64(lane_word(lane, NUM_UNROUTABLE), tl.full([], 0, tl.int64))
 
 
 @inline
@@ -126,7 +128,7 @@ def outcome_of(lane, token, at: tl.constexpr):
 
 
 @kernel
-def reduce_rows(out, codes, lane, at: tl.constexpr):
+def reduce_rows(out, codes, topk_weights, lane, at: tl.constexpr):
     """A program a token: float32 from +0.0, choices in order, product and sum rounded separately, one rounding last."""
     token = tl.program_id(0).to(tl.int64)
     k = integers(at.topk_block)
@@ -135,9 +137,12 @@ def reduce_rows(out, codes, lane, at: tl.constexpr):
     tl.store((codes + token * at.num_topk + k).to(tl.pointer_type(tl.int8)), code.to(tl.int8), mask=inside)
     num_lost = sum_of(counted(inside & (code == LOST)), 0)
     tl.atomic_add(lane_word(lane, NUM_LOST).to(tl.pointer_type(tl.int64)), num_lost, sem="relaxed")
+    num_unroutable = sum_of(counted(inside & (code == UNROUTABLE)), 0)
+    unroutable_at = lane_word(lane, NUM_UNROUTABLE).to(tl.pointer_type(tl.int64))
+    tl.atomic_add(unroutable_at, num_unroutable, sem="relaxed")
     parity = load64(lane_word(lane, ROUND)) % NUM_PARITIES
     answer = load32(choices_of(lane + at.lane_answer, token, at) + 4 * k, inside)
-    bits = load32(choices_of(lane + at.lane_weight, token, at) + 4 * k, inside)
+    bits = load32(choices_of(topk_weights, token, at) + 4 * k, inside)
     # reduce="expert": one row a rank, by ascending rank. Each is answered by the row of the first choice it holds.
     first_of_rank = tl.where(code == DELIVERED, dst, at.num_ranks)
     for first in range(0, at.hidden, at.sum_block):

@@ -22,7 +22,7 @@ COLUMNS = (
 # How far the wait for one peer has come, in the column `heard`.
 WAITING, PRESENT, OUT = 0, 1, 2
 # Words of a lane, int64 each: what the host reads after a kernel.
-LANE_WORDS = ("status", "round", "epoch", "token", "choice", "value", "num_received", "num_lost")
+LANE_WORDS = ("status", "round", "epoch", "token", "choice", "value", "num_received", "num_lost", "num_unroutable")
 # Words that both lanes of a rank share.
 RANK_WORDS = ("tick", "last_tick_ns", "last_rest_ns", "clock_ns")
 # What becomes of a kernel that waits, in `status`.

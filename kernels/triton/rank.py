@@ -62,7 +62,7 @@ class Rank:
         self._calls = threading.Lock()
         self._closed = False
         self._next_round = endpoint.stats()["next_round"]  # not 0 for one that comes later
-        self._stats = {"num_rounds": 0, "num_rejected": 0, "num_rechecks": 0}
+        self._stats = {"num_rounds": 0, "num_rejected": 0, "num_rechecks": 0, "num_lost": 0, "num_unroutable": 0}
         self._from_source = torch.zeros(self.num_ranks, 3, dtype=torch.int64)  # rows, bytes, failures
         self._ns_per_poll = 0 if HAS_PTX else self._time_a_poll()
 
@@ -145,12 +145,12 @@ class Rank:
     def combine_send(self, y: int, round_number: int) -> str:
         return self._call(lambda: self._answer(y, round_number, is_abandoned=False), str)
 
-    def combine_receive(self, round_number: int, out: int, codes: int, lost: int) -> str:
+    def combine_receive(self, round_number: int, out: int, codes: int, lost: int, topk_weights: int = 0) -> str:
         def work() -> str:
             lane = self._lanes[round_number % NUM_LANES]
             if lane.round_number != round_number or lane.stage != "answered":
                 return "bad_handle"
-            return self._close_round(lane, (out, codes, lost))
+            return self._close_round(lane, (out, codes, lost, topk_weights))
 
         return self._call(work, str)
 
@@ -299,19 +299,22 @@ class Rank:
         self._show(lane, "caller")
         return "ok"
 
-    def _close_round(self, lane: Lane, tensors: tuple[int, int, int] | None) -> str:
+    def _close_round(self, lane: Lane, tensors: tuple[int, int, int, int] | None) -> str:
         """``tensors`` None: the round was abandoned here; answers are waited for and not looked at."""
         self._reach("combine.wait", lane)
         status = self._wait(lane, "combine")
         if status == "ok" and tensors is not None:
-            out, codes, lost = tensors
+            out, codes, lost, late_weights = tensors
+            weights = late_weights or lane.address + self.at.lane_weight
             while True:
                 launch(combine.count_answers, 1, lane.address, self.at)
                 self._reach("combine.reduce", lane)
-                launch(combine.reduce_rows, lane.num_tokens, out, codes, lane.address, self.at)
+                launch(combine.reduce_rows, lane.num_tokens, out, codes, weights, lane.address, self.at)
                 if self._nobody_tore(lane, "combine"):
                     break
             launch(combine.tell_lost, 1, lost, lane.address)
+            for name in ("num_lost", "num_unroutable"):
+                self._stats[name] += lane.word(name)
             self._reach("combine.chunk_taken", lane)
         else:
             lane.fill("answered", 0)

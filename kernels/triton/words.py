@@ -32,21 +32,12 @@ PAGE_PROGRESS, PAGE_SENT = constant(OFFSETS["page_progress"]), constant(OFFSETS[
 SENT_STRIDE, NUM_PARITIES = constant(OFFSETS["sent_stride"]), constant(NUMBERS["num_parities"])
 ENDS_A_WAIT = constant(NUMBERS["release_evicted"] | NUMBERS["release_closing"])
 
-ACTIVE, TRUSTED, INBOUND, OPENED = (
-    constant(COLUMNS.index(name)) for name in ("active", "trusted", "inbound", "opened")
-)
-ROWS_TO, ANSWERS, HEARD, WORD = (constant(COLUMNS.index(name)) for name in ("rows_to", "answers", "heard", "word"))
-BAD, ROWS_FROM, CHOICES_FROM = (constant(COLUMNS.index(name)) for name in ("bad", "rows_from", "choices_from"))
-TAKEN, ANSWERED, SEEN, SEEN_NS = (constant(COLUMNS.index(name)) for name in ("taken", "answered", "seen", "seen_ns"))
-SINCE_NS, LATE_NS = constant(COLUMNS.index("since_ns")), constant(COLUMNS.index("late_ns"))
-MAX_LATE_NS, WAIT_NS = constant(COLUMNS.index("max_late_ns")), constant(COLUMNS.index("wait_ns"))
-STATUS, ROUND, EPOCH = (constant(LANE_WORDS.index(name)) for name in ("status", "round", "epoch"))
-TOKEN, CHOICE, VALUE = (constant(LANE_WORDS.index(name)) for name in ("token", "choice", "value"))
-NUM_RECEIVED, NUM_LOST = constant(LANE_WORDS.index("num_received")), constant(LANE_WORDS.index("num_lost"))
+_columns, _lane_words = (tuple(map(constant, range(len(names)))) for names in (COLUMNS, LANE_WORDS))
+ACTIVE, TRUSTED, INBOUND, OPENED, ROWS_TO, ANSWERS, HEARD, WORD, BAD, ROWS_FROM = _columns[:10]
+CHOICES_FROM, TAKEN, ANSWERED, SEEN, SEEN_NS, SINCE_NS, LATE_NS, MAX_LATE_NS, WAIT_NS = _columns[10:]
+STATUS, ROUND, EPOCH, TOKEN, CHOICE, VALUE, NUM_RECEIVED, NUM_LOST, NUM_UNROUTABLE = _lane_words
 NUM_LANE_WORDS = constant(len(LANE_WORDS))
-TICK, LAST_TICK_NS, LAST_REST_NS, CLOCK_NS = (constant(RANK_WORDS.index(name)) for name in RANK_WORDS)
-
-VERB_DISPATCH, VERB_COMBINE = constant(0), constant(1)
+TICK, LAST_TICK_NS, LAST_REST_NS, CLOCK_NS = map(constant, range(len(RANK_WORDS)))
 
 
 # --- addresses are int64, so that a window is a number in a table; memory of this rank's own

@@ -15,4 +15,17 @@ constexpr bool kSanitized = false;
 constexpr bool kSanitized = false;
 #endif
 
+// ThreadSanitizer knows threads, and would take the fibres of the CUDA kernels' twin for one.
+#if defined(__SANITIZE_THREAD__)
+constexpr bool kThreadSanitized = true;
+#elif defined(__has_feature)
+#if __has_feature(thread_sanitizer)
+constexpr bool kThreadSanitized = true;
+#else
+constexpr bool kThreadSanitized = false;
+#endif
+#else
+constexpr bool kThreadSanitized = false;
+#endif
+
 }  // namespace fa2a

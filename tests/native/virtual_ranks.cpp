@@ -1,5 +1,5 @@
-// Four virtual ranks run rounds and collectives; one leaves, one dies in mid-combine, and the rest agree by windows,
-// then by an arbiter. The survivors' sums are exact, and sanitizers look on.
+// Four virtual ranks run rounds and collectives; one leaves, one dies in mid-combine, and the rest agree by windows, by
+// an arbiter, and with the CUDA kernels on their twin. The survivors' sums are exact, and sanitizers look on.
 #include <stdio.h>
 #include <string.h>
 
@@ -11,14 +11,15 @@
 #include <vector>
 
 #include "bindings/endpoint.hpp"
+#include "tests/native/sanitized.hpp"
 #include "transport/local.hpp"
 
 using namespace fa2a;
 
 namespace {
 
-constexpr i32 kNumRanks = 4, kNumExperts = 8, kNumTopk = 3, kNumMaxTokens = 6, kHidden = 16, kNumRounds = 600;
-constexpr i32 kLeaver = 3, kLeavesAt = 200, kVictim = 2, kDiesAt = 400;
+constexpr i32 kNumRanks = 4, kNumExperts = 8, kNumTopk = 3, kNumMaxTokens = 6, kHidden = 16;
+constexpr i32 kLeaver = 3, kVictim = 2;
 constexpr u8 kDelivered = static_cast<u8>(Outcome::delivered), kLost = static_cast<u8>(Outcome::lost);
 
 std::atomic<i32> num_failures{0};
@@ -29,13 +30,25 @@ void expect(bool holds, const char* what, i32 rank, u64 round) {
   fprintf(stderr, "rank %d, round %llu: %s\n", rank, round, what);
 }
 
-EndpointConfig config_of(i32 rank, bool by_windows) {
+// One group: who decides its views, and who runs its kernels.
+struct Plan {
+  bool by_windows;
+  bool cuda_host;  // the CUDA kernels on their twin, stores held back
+  i32 num_rounds;
+  i32 leaves_at() const { return num_rounds / 3; }
+  i32 dies_at() const { return 2 * num_rounds / 3; }
+};
+
+EndpointConfig config_of(i32 rank, const Plan& plan) {
   EndpointConfig config;
-  config.shape.num_ranks = kNumRanks;
+  config.shape.num_ranks = config.num_founders = kNumRanks;
   config.shape.num_experts = kNumExperts;
   config.shape.num_topk = kNumTopk;
   config.shape.num_max_tokens = kNumMaxTokens;
-  config.shape.num_chunk_tokens = 2;  // so that most batches are streams
+  config.shape.num_chunk_tokens = plan.cuda_host ? kNumMaxTokens : 2;  // 2: so that most batches are streams
+  config.cuda_host = plan.cuda_host;
+  config.twin.weak = true;
+  config.twin.seed = static_cast<u64>(rank) + 1;
   config.shape.collective_bytes = 64;
   config.shape.max_local_experts = config.num_local_experts = kNumExperts / kNumRanks;
   config.shape.hidden_bytes = config.shape.dispatch_bytes = kHidden * static_cast<i32>(sizeof(float));
@@ -45,7 +58,7 @@ EndpointConfig config_of(i32 rank, bool by_windows) {
   config.silence_ms =
       1500;  // the victim says nothing when it dies; a sanitizer is slow, and must not be taken for silence
   config.settle_ms = 5;
-  config.agree_by_windows = by_windows;
+  config.agree_by_windows = plan.by_windows;
   for (i32 expert = 0; expert < kNumExperts; ++expert) {
     config.expert_rank.push_back(expert / config.num_local_experts);
     config.expert_local.push_back(expert % config.num_local_experts);
@@ -128,12 +141,12 @@ bool collective_is_right(Endpoint& endpoint, i32 rank, i32 round) {
   return right;
 }
 
-void run_rounds(Endpoint& endpoint, i32 rank) {
+void run_rounds(Endpoint& endpoint, i32 rank, const Plan& plan) {
   constexpr size_t kNumLocal = kNumExperts / kNumRanks, kCapacity = kNumRanks * kNumMaxTokens;
   std::vector<float> recv(kNumLocal * kCapacity * kHidden);
   std::vector<i32> counts(kNumLocal), offsets(kNumLocal + 1);
-  for (i32 i = 0; i < kNumRounds; ++i) {
-    if (rank == kLeaver && i == kLeavesAt) return endpoint.close();
+  for (i32 i = 0; i < plan.num_rounds; ++i) {
+    if (rank == kLeaver && i == plan.leaves_at()) return endpoint.close();
     Batch batch(rank, i);
     DispatchArgs sent{};
     sent.x = reinterpret_cast<const u8*>(batch.x.data());
@@ -151,13 +164,14 @@ void run_rounds(Endpoint& endpoint, i32 rank) {
     const ReduceArgs reduced{got.round, reinterpret_cast<u8*>(batch.out.data()), batch.codes.data(), &lost};
     CombineResult done = endpoint.combine_send(back);
     if (done.status == Status::ok) done = endpoint.combine_receive(reduced);
-    if (endpoint.crashed()) return expect(rank == kVictim && i == kDiesAt, "only the victim dies", rank, got.round);
+    if (endpoint.crashed())
+      return expect(rank == kVictim && i == plan.dies_at(), "only the victim dies", rank, got.round);
 
     expect(got.status == Status::ok && done.status == Status::ok, "a call on a live rank succeeds", rank, got.round);
     expect(batch.sums_are_exact(), "the output is the sum of the delivered choices", rank, got.round);
     expect(batch.any(kLost) == (lost != 0), "lost says what the codes say", rank, got.round);
     // Others run at most a round ahead, so until then nobody has left.
-    if (i < kLeavesAt - 1) expect(batch.all_delivered(), "a healthy round delivers everything", rank, got.round);
+    if (i < plan.leaves_at() - 1) expect(batch.all_delivered(), "a healthy round delivers everything", rank, got.round);
     if (i % 4 == 3) expect(collective_is_right(endpoint, rank, i), "a collective has what ranks gave", rank, got.round);
   }
 }
@@ -169,17 +183,17 @@ void serve_arbiter(Endpoint& endpoint, Arbiter& arbiter, const std::atomic<bool>
   }
 }
 
-void run_group(bool by_windows) {
-  auto group = std::make_shared<LocalGroup>(config_of(0, by_windows).shape);
+void run_group(const Plan& plan) {
+  auto group = std::make_shared<LocalGroup>(config_of(0, plan).shape);
   std::vector<std::unique_ptr<Endpoint>> ranks;
   for (i32 rank = 0; rank < kNumRanks; ++rank)
-    ranks.push_back(std::make_unique<Endpoint>(config_of(rank, by_windows), group, ""));
+    ranks.push_back(std::make_unique<Endpoint>(config_of(rank, plan), group, ""));
   for (auto& rank : ranks) rank->create();
   for (auto& rank : ranks) rank->open_peers();
   for (auto& rank : ranks) rank->serve();
   Armed& death = ranks[kVictim]->wire().faults.armed[0];
   death.point = Point::combine_send_rows;
-  death.round = kDiesAt;
+  death.round = static_cast<u64>(plan.dies_at());
   death.action = Action::crash;
 
   Arbiter arbiter;
@@ -187,14 +201,14 @@ void run_group(bool by_windows) {
   std::vector<std::thread> arbiters, workers;
   for (auto& rank : ranks) arbiters.emplace_back([&] { serve_arbiter(*rank, arbiter, over); });
   for (i32 rank = 0; rank < kNumRanks; ++rank)
-    workers.emplace_back([&, rank] { run_rounds(*ranks[static_cast<size_t>(rank)], rank); });
+    workers.emplace_back([&, rank] { run_rounds(*ranks[static_cast<size_t>(rank)], rank, plan); });
   for (auto& worker : workers) worker.join();
   RankSet survivors;
   survivors.add(0);
   survivors.add(1);
   for (i32 rank = 0; rank < 2; ++rank)
     expect(ranks[static_cast<size_t>(rank)]->pulse().current().view.active == survivors, "two ranks are left", rank,
-           kNumRounds);
+           static_cast<u64>(plan.num_rounds));
   over.store(true);
   for (auto& thread : arbiters) thread.join();
   for (auto& rank : ranks) rank->close();
@@ -203,6 +217,7 @@ void run_group(bool by_windows) {
 }  // namespace
 
 int main() {
-  for (bool by_windows : {true, false}) run_group(by_windows);
+  for (bool by_windows : {true, false}) run_group({by_windows, false, 600});
+  if (!kThreadSanitized) run_group({true, true, 90});
   return num_failures.load() == 0 ? 0 : 1;
 }

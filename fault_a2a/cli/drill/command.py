@@ -14,6 +14,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from fault_a2a.cli.drill.options import Drill, read_drill
+from fault_a2a.cli.drill.plan import missed
 
 if TYPE_CHECKING:
     from fault_a2a.cli.drill.rank import Work
@@ -52,6 +53,8 @@ def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         print("interrupted; every process of the drill is gone", file=sys.stderr)
         return EXIT_INTERRUPTED
     answer = report(drill, story, [] if invariance.ok else [invariance.sentence])
+    answer["problems"] += missed(drill.members, answer["survivors"])
+    answer["ok"] = not answer["problems"]
     answer["seconds_preparing"] = round(prepared_s, 3)
     _print_last_words(story, answer)
     if args.json:

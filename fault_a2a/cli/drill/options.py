@@ -11,6 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from fault_a2a.cli.drill.faults import DEFAULT_PHASE, Fault, add_fault_options, parse_faults
+from fault_a2a.cli.drill.plan import read_plan
 
 if TYPE_CHECKING:
     from fault_a2a.config import Config
@@ -25,7 +26,7 @@ DTYPES = {
     "fp16": "float16",
     "float16": "float16",
 }
-_BACKENDS = ("cpu", "triton")
+_BACKENDS = ("cpu", "triton", "cuda-host")
 _COMPUTE = re.compile(r"(?P<least>\d+)(-(?P<most>\d+))?", re.ASCII)
 _LATER = {
     "repair": "repairing a step from replicas",
@@ -70,6 +71,7 @@ class Drill:
     faults: tuple[Fault, ...] = ()
     guards_off: tuple[str, ...] = ()
     backends: tuple[str, ...] = ("cpu",)  # of the ranks, in turn
+    members: tuple[int, ...] | None = None  # of the last view, where a plan says so
 
     def config(self, rank: int = 0) -> Config:
         """The ``Config`` of one rank; a number that does not fit is a ``ValueError`` that names the field."""
@@ -144,7 +146,7 @@ def add_arguments(parser: LateHelpParser) -> None:
         "--backend",
         default="cpu",
         metavar="NAME[,NAME]",
-        help="who runs the kernels, the ranks in turn: cpu or triton (%(default)s)",
+        help="who runs the kernels, the ranks in turn: cpu, triton, or cuda-host: CUDA's, on a CPU (%(default)s)",
     )
     size.add_argument("--text", metavar="FILE", help="where the tokens come from (the project's README)")
     size.add_argument("--seed", type=int, default=0, metavar="N", help="of all that is random (%(default)s)")
@@ -160,6 +162,13 @@ def add_arguments(parser: LateHelpParser) -> None:
         help="further time that the experts take: fixed, or from a range",
     )
     add_fault_options(parser)
+    parser.add_argument(
+        "--plan",
+        metavar="FILE",
+        help="a scenario as data, one line a membership: [0, 1, 2, 3], then [0, 1, -2, 3] (rank 2 is killed), then "
+        "[0, 1, 3]; it sets --ranks and --steps, and its faults come on top of the options' "
+        "(fault_a2a/cli/drill/plan.py has the format)",
+    )
     timeouts = parser.add_argument_group("timeouts, in milliseconds")
     for name, (default, text) in _TIMEOUTS.items():
         option = "--" + name.replace("_timeout_ms", "_ms").replace("_", "-")
@@ -191,6 +200,13 @@ def read_drill(args: argparse.Namespace) -> Drill:
         if getattr(args, name) < least:
             raise ValueError(f"--{name} {getattr(args, name)}: pass at least {least}.")
     texts: dict[str, Sequence[str]] = {kind: getattr(args, kind) for kind in ("kill", "stop", "cut", "rejoin")}
+    members = None
+    if args.plan is not None:
+        plan = read_plan(args.plan)
+        args.ranks, args.steps = plan.ranks, plan.steps
+        # With faults from both, who is left is the verdict's business.
+        members = None if any(texts.values()) else plan.members
+        texts = {kind: [*given, *plan.texts[kind]] for kind, given in texts.items()}
     faults = _faults(texts, args.ranks, args.steps, bool(args.without_guard))
     drill = Drill(
         dtype=DTYPES[args.dtype],
@@ -198,6 +214,7 @@ def read_drill(args: argparse.Namespace) -> Drill:
         faults=tuple(faults),
         guards_off=tuple(args.without_guard),
         backends=backends,
+        members=members,
         **{name: getattr(args, name) for name in _PLAIN},
     )
     for rank in range(drill.ranks):  # sizes that do not fit are refused here, not by eight processes

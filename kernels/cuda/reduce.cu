@@ -1,0 +1,214 @@
+// Combine on a GPU, the half that receives: one block waits for all answers, all blocks sum, a token at a time, and the
+// last of them looks whether a row moved meanwhile, and says exactly what did not come back.
+#include "kernels/cuda/grid.cuh"
+#include "kernels/cuda/machine.cuh"
+#include "kernels/cuda/rows.cuh"
+
+namespace fa2a {
+namespace device {
+
+struct GatherArgs {
+  bool abandon;  // answers are waited for and not looked at
+};
+
+// Waits for every holder's answer. It counts only with as many rows as were asked for. One block.
+FA2A_KERNEL combine_gather(DeviceRank* rank, GatherArgs args, DeviceHandle* handle) {
+  DeviceRank& r = *rank;
+  u32& is_released = block_shared<u32>();
+  DeviceRound* found = round_at(r, *handle, Step::answered);
+  if (found == nullptr) return;
+  DeviceRound& round = *found;
+  if (thread_idx() == 0) is_released = 0;
+  enter(r, round.round, Phase::combine_wait);
+  if (thread_idx() == 0) point(r.host, Point::combine_wait, round.round);
+  sync_block();
+  const bool went_on = wait_for_all(
+      r, round, Verb::combine, Phase::combine_wait,
+      [&](i32 dst, u64 word) {
+        const u64 asked = static_cast<u64>(round.answers_from[dst]);
+        const bool whole = signal_field::Count::unpack(word) == asked || !guarded(guard_combine_count);
+        round.words[dst] = word;
+        if (whole && !args.abandon) add_rank(round.answered, dst);
+      },
+      [](i32) {});
+  if (!went_on) atomic_or(&is_released, 1);
+  sync_block();
+  for (i32 dst = thread_idx(); dst < r.shape.num_ranks && is_released == 0; dst += num_threads()) {
+    if (!round.active.has(dst)) continue;
+    const bool whole = round.answered.has(dst);
+    const u64 num_rows = whole ? static_cast<u64>(round.answers_from[dst]) : 0;
+    add_to(r.sources[dst].num_rows, num_rows);
+    add_to(r.sources[dst].num_bytes, num_rows * static_cast<u64>(r.shape.hidden_bytes));
+    if (whole) continue;
+    add_to(r.sources[dst].num_failures, 1);
+    refuse(r, round, Verb::combine, dst);
+  }
+  sync_block();
+  if (is_released == 0 && !args.abandon) {
+    if (thread_idx() == 0) set_step(round, Step::gathered);
+    return;
+  }
+  enter(r, round.round, Phase::closed);
+  sync_block();
+  if (thread_idx() != 0) return;
+  if (is_released != 0) handle->ended = released_status(*r.state);
+  set_step(round, Step::closed);
+  point(r.host, Point::combine_closed, round.round);
+}
+
+struct ReduceTensors {
+  u8* out;    // [num_tokens, hidden]
+  u8* codes;  // [num_tokens, num_topk]
+  u8* lost;   // one bool
+  i32 num_tokens;
+  const float* topk_weights;  // in place of those of the dispatch; nullptr: those
+};
+
+struct ReduceShared {
+  RowList list;
+  u32 is_last;
+  u32 num_changed;
+  u32 num_lost;
+  u32 num_unroutable;
+};
+
+FA2A_DEVICE Outcome outcome_of(const DeviceRound& round, i32 dst) {
+  if (dst < 0) return Outcome::none;
+  if (!round.active.has(dst)) return Outcome::unroutable;
+  return round.answered.has(dst) ? Outcome::delivered : Outcome::lost;
+}
+
+// float32 sums, each rounded once per choice, so that the order of k is the order of the reference. By one thread.
+FA2A_DEVICE void find_factor(const DeviceRank& r, const DeviceRound& round, const float* weights, i64 first,
+                             RowList& list) {
+  list.factor = 1.0f;
+  list.is_zero = 0;
+  float all = 0.0f, here = 0.0f;
+  bool missing = false;
+  for (i64 i = first; i < first + r.shape.num_topk && r.renormalize; ++i) {
+    const Outcome code = outcome_of(round, round.dst_rank[i]);
+    if (code == Outcome::none) continue;
+    all = add(all, weights[i]);
+    if (code == Outcome::delivered)
+      here = add(here, weights[i]);
+    else
+      missing = true;
+  }
+  if (!missing) return;
+  list.is_zero = here == 0.0f ? 1 : 0;
+  list.factor = divide(all, here);
+}
+
+// The rows of one token, by the first warp, a lane a choice: in the order of the choices, or one a rank by rank.
+FA2A_DEVICE void list_rows(const DeviceRank& r, const DeviceRound& round, i32 token, const ReduceTensors& to,
+                           RowList& list) {
+  const float* weights = to.topk_weights != nullptr ? to.topk_weights : round.weights;
+  const i32 k = r.shape.num_topk;
+  const i64 first = static_cast<i64>(token) * k;
+  const i32 dst = lane() < k ? round.dst_rank[first + lane()] : -1;
+  const Outcome code = outcome_of(round, dst);
+  if (lane() < k) to.codes[first + lane()] = static_cast<u8>(code);
+  bool adds = code == Outcome::delivered;
+  if (r.shape.reduce_at_expert)
+    for (i32 choice = 0; choice < lane() && adds; ++choice) adds = round.dst_rank[first + choice] != dst;
+  const u32 rows = ballot(adds);
+  i32 place = count_bits(rows & lanes_below());
+  if (r.shape.reduce_at_expert) {
+    place = 0;
+    for (i32 choice = 0; choice < k; ++choice)
+      if ((rows >> choice & 1u) != 0 && round.dst_rank[first + choice] < dst) ++place;
+  }
+  if (adds) {
+    const auto row = static_cast<u64>(round.combine_row[first + lane()]);
+    list.rows[place] = inbound(r, round, dst) + r.at.combine_rows[parity_of(round)] + r.at.combine_stride * row;
+    list.weights[place] = r.shape.reduce_at_expert || r.weights_at_expert ? 1.0f : weights[first + lane()];
+  }
+  if (lane() != 0) return;
+  list.count = count_bits(rows);
+  find_factor(r, round, weights, first, list);
+}
+
+FA2A_DEVICE void sum_token(const DeviceRank& r, const DeviceRound& round, i32 token, const ReduceTensors& to,
+                           RowList& list) {
+  if (warp() == 0) list_rows(r, round, token, to, list);
+  sync_block();
+  sum_rows<StoreHere>(r, to.out + static_cast<u64>(r.shape.hidden_bytes) * static_cast<u64>(token), list);
+  sync_block();  // the list is made anew
+}
+
+// A word that moved since it was noted: its writer stored without consent, and its rows may be torn. By the block; true
+// if there was one.
+FA2A_DEVICE bool withdraw_changed_holders(DeviceRank& r, DeviceRound& round, u32& num_changed) {
+  if (thread_idx() == 0) num_changed = 0;
+  sync_block();
+  for (i32 dst = thread_idx(); dst < r.shape.num_ranks; dst += num_threads()) {
+    if (!round.answered.has(dst) || !guarded(guard_recheck)) continue;
+    if (load_signal(r, round, Verb::combine, dst) == round.words[dst]) continue;
+    fetch_and(&round.answered.words[dst / 64], ~(1ull << (dst % 64)));
+    refuse(r, round, Verb::combine, dst);
+    atomic_add(&num_changed, 1);
+  }
+  sync_block();
+  const bool changed = num_changed != 0;
+  if (thread_idx() == 0) r.stats.num_rechecks += num_changed;
+  sync_block();
+  return changed;
+}
+
+FA2A_DEVICE void count_losses(DeviceRank& r, DeviceRound& round, const ReduceTensors& to, ReduceShared& shared) {
+  if (thread_idx() == 0) shared.num_lost = shared.num_unroutable = 0;
+  sync_block();
+  const i64 num_choices = static_cast<i64>(round.num_tokens) * r.shape.num_topk;
+  for (i64 i = thread_idx(); i < num_choices; i += num_threads()) {
+    if (to.codes[i] == static_cast<u8>(Outcome::lost)) atomic_add(&shared.num_lost, 1);
+    if (to.codes[i] == static_cast<u8>(Outcome::unroutable)) atomic_add(&shared.num_unroutable, 1);
+  }
+  sync_block();
+  if (thread_idx() != 0) return;
+  round.num_lost = shared.num_lost;
+  add_to(r.stats.num_lost, shared.num_lost);
+  add_to(r.stats.num_unroutable, shared.num_unroutable);
+  *to.lost = shared.num_lost > 0 ? 1 : 0;
+}
+
+// A round that never began here, or that the host ended: nothing came back, and a replayed graph says so instead of
+// handing on what the replay before it has left.
+FA2A_DEVICE void lose_everything(const DeviceRank& r, const ReduceTensors& to) {
+  const u64 first = static_cast<u64>(block_idx()) * static_cast<u64>(num_threads()) + static_cast<u64>(thread_idx());
+  const u64 stride = static_cast<u64>(num_blocks()) * static_cast<u64>(num_threads());
+  const auto num_tokens = static_cast<u64>(to.num_tokens);
+  for (u64 i = first; i < num_tokens * static_cast<u64>(r.shape.num_topk); i += stride)
+    to.codes[i] = static_cast<u8>(Outcome::lost);
+  for (u64 at = first * sizeof(Vector16); at < num_tokens * static_cast<u64>(r.shape.hidden_bytes);
+       at += stride * sizeof(Vector16))
+    *reinterpret_cast<Vector16*>(to.out + at) = Vector16{};
+  if (first == 0) *to.lost = num_tokens > 0 ? 1 : 0;
+}
+
+// Sums. Any number of blocks.
+FA2A_KERNEL combine_reduce(DeviceRank* rank, ReduceTensors to, const DeviceHandle* handle) {
+  DeviceRank& r = *rank;
+  ReduceShared& shared = block_shared<ReduceShared>();
+  DeviceRound* found = round_at(r, *handle, Step::gathered);
+  if (found == nullptr) return lose_everything(r, to);
+  DeviceRound& round = *found;
+  if (block_idx() == 0 && thread_idx() == 0) point(r.host, Point::combine_reduce, round.round);
+  for (i32 token = block_idx(); token < round.num_tokens; token += num_blocks())
+    sum_token(r, round, token, to, shared.list);
+  if (!is_last_block(round, shared.is_last)) return;
+  // At most once a holder: whoever is withdrawn stays so.
+  for (i32 again = 0; again < r.shape.num_ranks; ++again) {
+    if (!withdraw_changed_holders(r, round, shared.num_changed)) break;
+    for (i32 token = 0; token < round.num_tokens; ++token) sum_token(r, round, token, to, shared.list);
+  }
+  count_losses(r, round, to, shared);
+  if (thread_idx() == 0) point(r.host, Point::combine_chunk_taken, round.round);
+  enter(r, round.round, Phase::closed);
+  sync_block();
+  if (thread_idx() != 0) return;
+  set_step(round, Step::closed);
+  point(r.host, Point::combine_closed, round.round);
+}
+
+}  // namespace device
+}  // namespace fa2a

@@ -1,0 +1,229 @@
+// From a mix and a seed to a schedule.
+#include "tests/simulator/schedule.hpp"
+
+#include <algorithm>
+#include <functional>
+#include <map>
+
+#include "transport/faults.hpp"
+
+namespace fa2a::sim {
+namespace {
+
+using Make = std::function<void(Schedule&, Dice&)>;
+
+i32 some_rank(const Schedule& s, Dice& dice) { return static_cast<i32>(dice.below(static_cast<u64>(s.num_ranks))); }
+
+// At any access of any round, or a little after another fault: in the middle of what that one set off.
+Fault& add(Schedule& s, Dice& dice, FaultKind kind, i32 rank) {
+  Fault fault;
+  fault.kind = kind;
+  fault.rank = rank;
+  fault.round = static_cast<i32>(dice.below(static_cast<u64>(s.num_rounds)));
+  fault.accesses = 1 + static_cast<i64>(dice.below(static_cast<u64>(150 * s.num_ranks)));
+  if (!s.faults.empty() && dice.one_in(2)) {
+    fault.after = static_cast<i32>(dice.below(s.faults.size()));
+    fault.delay_ns = dice.one_in(2) ? dice.heavy(2 * kMs) : dice.heavy(60 * kMs);
+  }
+  s.faults.push_back(fault);
+  return s.faults.back();
+}
+
+// Different ranks, so many, in any order.
+std::vector<i32> some_ranks(const Schedule& s, Dice& dice, i32 number) {
+  std::vector<i32> all;
+  for (i32 rank = 0; rank < s.num_ranks; ++rank) all.push_back(rank);
+  for (size_t i = all.size(); i > 1; --i) std::swap(all[i - 1], all[dice.below(i)]);
+  all.resize(static_cast<size_t>(std::min(number, s.num_ranks)));
+  return all;
+}
+
+void crashes(Schedule& s, Dice& dice) {
+  for (i32 rank : some_ranks(s, dice, 1 + static_cast<i32>(dice.below(static_cast<u64>(s.num_ranks)))))
+    add(s, dice, dice.one_in(6) ? FaultKind::leave : FaultKind::crash, rank);
+}
+
+void silent_deaths(Schedule& s, Dice& dice) {
+  const i32 most = s.num_ranks >= 5 ? 2 : s.num_ranks >= 3 ? 1 : 0;
+  for (i32 rank : some_ranks(s, dice, most)) add(s, dice, FaultKind::vanish, rank);
+}
+
+void stops(Schedule& s, Dice& dice) {
+  s.must_finish = false;  // half of the group may be stopped, and the other half is none
+  for (i32 i = 0, number = 1 + static_cast<i32>(dice.below(3)); i < number; ++i)
+    add(s, dice, FaultKind::stop, some_rank(s, dice)).duration_ns =
+        dice.between(kMs, dice.one_in(2) ? 20 * kMs : 90 * kMs);
+}
+
+// About as long as it takes to be suspected and taken back, so that both happen.
+void hung_kernels(Schedule& s, Dice& dice) {
+  s.must_finish = false;
+  for (i32 i = 0, number = 1 + static_cast<i32>(dice.below(3)); i < number; ++i)
+    add(s, dice, FaultKind::hang, some_rank(s, dice)).duration_ns =
+        dice.one_in(3) ? dice.between(kMs, 120 * kMs)
+                       : dice.between(kStallMs * kMs - 6 * kMs, kStallMs * kMs + 8 * kMs);
+}
+
+// A rank whose kernel stands still in the middle of a copy, and whose beat fails twice, each time for just long enough:
+// it is given up and taken back by the same members twice, and its peer comes to the slot again that it still copies.
+void twice_given_up(Schedule& s, Dice& dice) {
+  s.must_finish = false;
+  const i32 rank = some_rank(s, dice);
+  Fault& hang = add(s, dice, FaultKind::hang, rank);
+  hang.accesses = 1 + static_cast<i64>(dice.below(static_cast<u64>(60 * s.num_ranks)));
+  hang.duration_ns = dice.between(44 * kMs, 70 * kMs);
+  for (i32 i = 0; i < 2; ++i) {
+    Fault& sleep = add(s, dice, FaultKind::sleep, rank);
+    sleep.after = i;
+    sleep.delay_ns =
+        i == 0 ? dice.heavy(4 * kMs) : dice.between(kSilenceMs * kMs + 3 * kMs, kSilenceMs * kMs + 12 * kMs);
+    sleep.duration_ns = dice.between(kSilenceMs * kMs, kSilenceMs * kMs + 2 * kBeatMs * kMs);
+  }
+}
+
+void slept_watchers(Schedule& s, Dice& dice) {
+  s.must_finish = false;
+  for (i32 i = 0, number = 1 + static_cast<i32>(dice.below(4)); i < number; ++i)
+    add(s, dice, FaultKind::sleep, some_rank(s, dice)).duration_ns = dice.between(kMs, 50 * kMs);
+  if (dice.one_in(3)) add(s, dice, FaultKind::hang, some_rank(s, dice)).duration_ns = dice.between(kMs, 60 * kMs);
+  if (dice.one_in(2)) add(s, dice, FaultKind::crash, some_rank(s, dice));
+}
+
+void add_link(Schedule& s, Dice& dice, FaultKind kind) {
+  Fault& fault = add(s, dice, kind, some_rank(s, dice));
+  fault.other = (fault.rank + 1 + static_cast<i32>(dice.below(static_cast<u64>(s.num_ranks - 1)))) % s.num_ranks;
+}
+
+void cut_links(Schedule& s, Dice& dice) {
+  s.must_finish = false;  // whoever can read nobody's page is suspended
+  for (i32 i = 0, number = 1 + static_cast<i32>(dice.below(2)); i < number; ++i) add_link(s, dice, FaultKind::cut);
+}
+
+// Two hosts that lose each other. Who is seen to be missing depends on who was waited for, and all of one host goes.
+void lost_hosts(Schedule& s, Dice& dice) {
+  s.must_finish = false;
+  s.ranks_per_host = dice.one_in(2) ? 2 : 3;
+  s.num_ranks = 2 * s.ranks_per_host;
+  add(s, dice, FaultKind::part, some_rank(s, dice));
+}
+
+void lost_stores(Schedule& s, Dice& dice) {
+  s.must_finish = false;
+  for (i32 i = 0, number = 1 + static_cast<i32>(dice.below(2)); i < number; ++i) add_link(s, dice, FaultKind::lose);
+}
+
+void late_stores(Schedule& s, Dice& dice) {
+  s.delays = {3 * kMs, true};
+  s.most_late_ns = 80 * kMs;
+  crashes(s, dice);
+  if (dice.one_in(2)) hung_kernels(s, dice);
+}
+
+void false_accuser(Schedule& s, Dice& dice) {
+  s.num_ranks = std::max(s.num_ranks, 3);
+  add(s, dice, FaultKind::accuse, some_rank(s, dice));
+}
+
+void liars(Schedule& s, Dice& dice) {
+  s.must_finish = false;
+  Fault& fault = add(s, dice, FaultKind::lie, some_rank(s, dice));
+  constexpr u32 kLies[] = {lie_count,  lie_expert,        lie_choice,    lie_num_choices, lie_twice,
+                           lie_claims, lie_combine_count, lie_old_epoch, lie_old_epoch,   lie_future};
+  fault.lies = kLies[dice.below(sizeof kLies / sizeof kLies[0])];
+}
+
+void foreign(Schedule& s, Dice& dice) {
+  s.must_finish = false;
+  add_link(s, dice, FaultKind::foreign);
+  if (dice.one_in(2)) add(s, dice, FaultKind::crash, some_rank(s, dice));
+}
+
+void everything(Schedule& s, Dice& dice) {
+  s.most_late_ns = 40 * kMs;
+  const Make parts[] = {crashes, silent_deaths, stops, hung_kernels, slept_watchers, cut_links, lost_stores, liars};
+  for (i32 i = 0; i < 2; ++i) parts[dice.below(sizeof parts / sizeof parts[0])](s, dice);
+  s.must_finish = false;
+}
+
+const std::vector<std::pair<std::string, Make>>& mixes() {
+  static const std::vector<std::pair<std::string, Make>> all = {
+      {"delays", [](Schedule& s, Dice&) { s.delays = {3 * kMs, true}; }},
+      {"crashes", crashes},
+      {"silent_deaths", silent_deaths},
+      {"stops", stops},
+      {"hung_kernels", hung_kernels},
+      {"twice_given_up", twice_given_up},
+      {"slept_watchers", slept_watchers},
+      {"cut_links", cut_links},
+      {"lost_hosts", lost_hosts},
+      {"lost_stores", lost_stores},
+      {"late_stores", late_stores},
+      {"false_accuser", false_accuser},
+      {"liars", liars},
+      {"foreign", foreign},
+      {"everything", everything}};
+  return all;
+}
+
+}  // namespace
+
+const char* name_of(FaultKind kind) {
+  constexpr const char* kNames[] = {"crash", "vanish", "leave", "stop",   "hang", "sleep",
+                                    "part",  "cut",    "lose",  "accuse", "lie",  "foreign"};
+  return kNames[static_cast<size_t>(kind)];
+}
+
+const std::vector<std::string>& mix_names() {
+  static const std::vector<std::string> names = [] {
+    std::vector<std::string> out;
+    for (const auto& mix : mixes()) out.push_back(mix.first);
+    return out;
+  }();
+  return names;
+}
+
+Schedule make_schedule(const std::string& mix, u64 seed) {
+  Schedule s;
+  s.mix = mix;
+  s.seed = seed;
+  Dice dice(seed * 0x9e3779b97f4a7c15ull);
+  constexpr i32 kSizes[] = {2, 3, 3, 3, 4, 4, 5, 6};
+  s.num_ranks = kSizes[dice.below(8)];
+  s.num_rounds = 3 + static_cast<i32>(dice.below(6));
+  s.num_tokens = 1 + static_cast<i32>(dice.below(4));
+  s.num_chunk_tokens = dice.one_in(2) ? s.num_tokens : 1 + static_cast<i32>(dice.below(static_cast<u64>(s.num_tokens)));
+  s.two_open = dice.one_in(3);
+  constexpr i64 kAccesses[] = {4, 20, 80, 300};
+  s.pace = {kAccesses[dice.below(4)], dice.one_in(2) ? 0 : 300 * kUs};
+  constexpr i64 kDelays[] = {0, 2 * kUs, 50 * kUs, 1 * kMs};
+  s.delays = {kDelays[dice.below(4)], dice.one_in(2)};
+  s.most_compute_ns = dice.one_in(2) ? 0 : 3 * kMs;
+  s.exit_seen_ns = dice.one_in(4) ? 5 * kMs : 100 * kUs;
+  s.clock_skew_ns = dice.one_in(2) ? 0 : 900 * kMs;
+  for (const auto& one : mixes())
+    if (one.first == mix) one.second(s, dice);
+  return s;
+}
+
+std::string describe(const Schedule& s) {
+  std::string text = "mix " + s.mix + ", seed " + std::to_string(s.seed) + ": " + std::to_string(s.num_ranks) +
+                     " ranks, " + std::to_string(s.num_rounds) + " rounds of up to " + std::to_string(s.num_tokens) +
+                     " tokens in chunks of " + std::to_string(s.num_chunk_tokens) + (s.two_open ? ", two open" : "") +
+                     ", stores take up to " + std::to_string(s.delays.most_ns / kUs) + " us" +
+                     (s.delays.reorders ? " in any order" : "") + "\n";
+  for (size_t i = 0; i < s.faults.size(); ++i) {
+    const Fault& fault = s.faults[i];
+    text += "  fault " + std::to_string(i) + ": " + name_of(fault.kind) + " rank " + std::to_string(fault.rank);
+    if (fault.other != fault.rank) text += " and rank " + std::to_string(fault.other);
+    if (fault.after >= 0)
+      text += ", " + std::to_string(fault.delay_ns / kUs) + " us after fault " + std::to_string(fault.after);
+    else
+      text += " in round " + std::to_string(fault.round) + " at access " + std::to_string(fault.accesses);
+    if (fault.duration_ns > 0) text += ", for " + std::to_string(fault.duration_ns / kUs) + " us";
+    if (fault.lies != 0) text += ", lies " + std::to_string(fault.lies);
+    text += "\n";
+  }
+  return text;
+}
+
+}  // namespace fa2a::sim

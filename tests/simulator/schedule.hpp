@@ -1,0 +1,68 @@
+// Everything that a schedule is: the group, its work, its pace, and what goes wrong. A seed makes one; shrinking makes
+// it smaller and keeps the chance that is left in it.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "tests/simulator/memory.hpp"
+
+namespace fa2a::sim {
+
+// Ranks that join have no kind yet: one here, and what it does in World::strike, is all that they need.
+enum class FaultKind {
+  crash,   // gone; the operating system says so a little later
+  vanish,  // gone, and nobody says so
+  leave,   // closes its buffer between two rounds
+  stop,    // both its threads stand still, and are woken
+  hang,    // its kernel stands still, its native thread goes on
+  sleep,   // its native thread stands still, its kernel goes on
+  part,    // every link between its host and the others is cut
+  cut,     // nothing passes between two ranks any more, in either way
+  lose,    // stores of one rank into another's window are lost from now on; pages can still be read
+  accuse,  // its watcher accuses everybody, for ever
+  lie,     // it sends wrong counts, indices, epochs
+  foreign  // one owner's partition for it belongs to another life of it, which still stores
+};
+const char* name_of(FaultKind kind);
+
+struct Fault {
+  FaultKind kind = FaultKind::crash;
+  i32 rank = 0;
+  i32 other = 0;     // the other end of a link
+  i32 after = -1;    // index of another fault: it happens `delay_ns` after that one; -1: by round and access
+  i32 round = 0;     // once the rank has come to this round
+  i64 accesses = 0;  // and its kernel has made so many accesses of shared memory in it
+  i64 delay_ns = 0;
+  i64 duration_ns = 0;
+  u32 lies = 0;
+};
+
+struct Schedule {
+  std::string mix;
+  u64 seed = 0;
+  i32 num_ranks = 4;
+  i32 num_rounds = 6;
+  i32 num_tokens = 3;        // most of a rank and round
+  i32 num_chunk_tokens = 3;  // fewer than num_tokens: streams
+  bool two_open = false;
+  i32 ranks_per_host = 0;  // of two hosts; 0: all are on one
+  Pace pace;
+  Delays delays;
+  i64 most_compute_ns = 0;  // of the experts, and between rounds
+  i64 most_late_ns = 0;     // stores of a dead rank that land after its death
+  i64 exit_seen_ns = 0;     // until the operating system marks a death, at most
+  i64 clock_skew_ns = 0;
+  std::vector<Fault> faults;
+
+  bool must_finish = true;  // whoever is not at fault gets through all its rounds
+};
+
+const std::vector<std::string>& mix_names();
+Schedule make_schedule(const std::string& mix, u64 seed);
+std::string describe(const Schedule& schedule);
+
+// Timeouts of every simulated group, ms. What is shorter than a quarter of them is nobody's fault.
+constexpr i64 kBeatMs = 2, kSilenceMs = 16, kStallMs = 32, kLinkMs = 24, kSettleMs = 4, kAgreementMs = 120;
+
+}  // namespace fa2a::sim

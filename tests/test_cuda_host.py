@@ -1,0 +1,350 @@
+"""The CUDA kernels' own sources, run by their twin: guards, planted bugs, formats, hooks, and groups with CPU ranks.
+
+`tests/test_conformance.py` runs them against the reference; here is what is particular to them. Not run on a GPU.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import pytest
+import torch
+
+from fault_a2a._core import core
+from fault_a2a.config import Config
+from fault_a2a.errors import ClosedError
+from fault_a2a.testing.virtual import VirtualRanks
+from tests import rig, scenarios
+from tests.rig import Checker, Tally, Work, raised, run_checked
+from tests.scenarios import Wrong, without
+from tests.test_guards import TABLE
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+BOTH = ("cuda-host", "cpu")
+
+
+def small(**changes: object) -> Config:
+    fields: dict = {"num_experts": 8, "hidden": 64, "num_topk": 3, "num_max_tokens_per_rank": 6, "settle_ms": 20}
+    return Config(**{**fields, "backend": "cuda-host", **changes})
+
+
+@contextmanager
+def planted(*bugs: str) -> Iterator[None]:
+    """The named bugs are in the kernels of this process for as long as this lasts."""
+    core.set_planted_bugs(sum(1 << core.planted_bug_names.index(bug) for bug in bugs))
+    try:
+        yield
+    finally:
+        core.set_planted_bugs(0)
+
+
+def run_rounds(
+    seed: int, weak: bool, num_ranks: int = 3, num_rounds: int = 6, num_sms: int | None = None, **extra: object
+) -> Wrong:
+    """What went wrong in a few rounds in which nobody fails; also that a call ended with an error."""
+    config = small(num_sms=num_sms)
+    try:
+        with VirtualRanks(num_ranks, config, poison=True, twin_seed=seed, twin_weak=weak, **extra) as ranks:
+            tallies = run_checked(ranks, Work(config, num_ranks, seed), num_rounds)
+            lost = [f"rank {tally.rank} lost {tally.lost}" for tally in tallies if tally.lost]
+            return scenarios.corrupt(tallies) + lost
+    except (RuntimeError, ValueError) as error:
+        return [str(error)]
+
+
+# --- any order of threads, any order of stores
+
+
+@pytest.mark.parametrize("seed", range(1, 9))
+@pytest.mark.parametrize("weak", [False, True], ids=["strong", "weak"])
+def test_rounds_in_any_order(seed: int, weak: bool) -> None:
+    shapes = [(1, 32), (2, 64), (3, 32), (4, 96)]
+    num_sms, num_threads = shapes[seed % len(shapes)]
+    assert run_rounds(seed, weak, num_sms=num_sms, twin_threads=num_threads) == []
+
+
+def test_other_blocks_and_threads_than_ranks() -> None:
+    """More ranks than threads: a thread waits for several peers, a warp counts for several."""
+    assert run_rounds(1, weak=True, num_ranks=7, num_rounds=3, twin_threads=32) == []
+
+
+# --- planted bugs: each is found
+
+
+@pytest.mark.parametrize("bug", ["no_fence", "relaxed_signal"])
+def test_a_missing_fence_is_found_in_the_weak_mode(bug: str) -> None:
+    with planted(bug):
+        assert any(run_rounds(seed, weak=True) for seed in range(1, 5))
+        assert not run_rounds(1, weak=False), "x86 hides it; if it does not, the weak mode is not what finds it"
+
+
+@pytest.mark.parametrize("bug", ["no_barrier", "no_list_barrier"])
+def test_a_missing_barrier_is_found(bug: str) -> None:
+    assert exit_code_of("run_rounds_of_three_seeds()", bug) != 0 == exit_code_of("run_rounds_of_three_seeds()")
+
+
+def run_rounds_of_three_seeds() -> Wrong:
+    return [wrong for seed in range(1, 4) for wrong in run_rounds(seed, weak=True)]
+
+
+def test_a_view_that_is_read_twice_is_found() -> None:
+    with planted("view_twice"), all_on("cuda-host"):
+        assert any(scenarios.death_between_dispatch_and_combine() for _ in range(3))
+
+
+def lying_about_counts() -> Wrong:
+    """A CPU rank writes row counts that no slot has; the CUDA ranks must refuse it before they count anything."""
+    with all_on(*BOTH):
+        return scenarios.lying("count")
+
+
+def test_a_count_that_is_not_clamped_is_found() -> None:
+    assert exit_code_of("lying_about_counts()", "count_unclamped") != 0 == exit_code_of("lying_about_counts()")
+
+
+def exit_code_of(call: str, *bugs: str) -> int:
+    """Of a process that exits with 1 if ``call`` finds something wrong; a bug may as well end it itself."""
+    code = f"from tests.test_cuda_host import *\nwith planted(*{bugs!r}):\n    raise SystemExit(1 if {call} else 0)\n"
+    env = {**os.environ, "FAULT_A2A_CORE": "hooks", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
+    assert "ImportError" not in done.stderr and "SyntaxError" not in done.stderr, done.stderr
+    return done.returncode
+
+
+# --- the guards, in these kernels
+
+
+@contextmanager
+def all_on(*backends: str) -> Iterator[None]:
+    """The groups of tests/scenarios.py run on these backends, the ranks in turn."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scenarios, "VirtualRanks", partial(VirtualRanks, backends=backends))
+        yield
+
+
+# Of the others some are the host's business, the same on any backend, and some are about streams.
+GUARDS = {
+    **dict.fromkeys(("consent", "recheck", "hold", "later_declined", "round_compare", "third_round"), ("cuda-host",)),
+    **dict.fromkeys(("tick", "mutual_wait", "incarnation", "view_once", "evicted_is_suspect"), ("cuda-host",)),
+    "release_word": ("cuda-host",),
+    # Liars are CPU ranks: rank 1.
+    **dict.fromkeys(("epoch_compare", "claims_met", "combine_count", "one_answer"), BOTH),
+}
+
+
+@pytest.mark.parametrize("guard", GUARDS)
+def test_guard(guard: str) -> None:
+    """Clean with it, red without it."""
+    scenario, others = TABLE[guard]
+    with all_on(*GUARDS[guard]):
+        with without(*others):
+            assert scenario() == []
+        with without(guard, *others):
+            assert any(scenario() for _ in range(3))
+
+
+@pytest.mark.parametrize("lie", ["count", "expert", "choice", "num_choices", "twice", "claims"])
+def test_no_number_of_a_liar_is_believed(lie: str) -> None:
+    with all_on(*BOTH):
+        assert scenarios.lying(lie) == []
+
+
+@pytest.mark.parametrize(("guards", "lie"), [(("clamp_count", "check_index"), "count"), (("check_index",), "expert")])
+def test_a_number_that_is_believed_does_harm(guards: tuple, lie: str) -> None:
+    assert exit_code_of(f"believed({guards!r}, {lie!r})") != 0
+
+
+def believed(guards: tuple[str, ...], lie: str) -> Wrong:
+    with all_on(*BOTH), without(*guards):
+        return scenarios.lying(lie)
+
+
+# --- formats
+
+
+QUANTISED = {
+    "e4m3, float32 scales": {"dispatch_dtype": torch.float8_e4m3fn},
+    "e4m3, UE8M0 scales": {"dispatch_dtype": torch.float8_e4m3fn, "scale_dtype": torch.int32},
+}
+
+
+@pytest.mark.parametrize("backends", [("cuda-host",), BOTH], ids="-".join)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("quantised", QUANTISED)
+def test_quantised_on_the_way_out(backends: tuple, dtype: torch.dtype, quantised: str) -> None:
+    """Bit for bit what the CPU makes of a row, in a row with a shorter last block."""
+    config = small(dtype=dtype, hidden=328, recv_format="packed", **QUANTISED[quantised])
+    with VirtualRanks(2, config, backends=backends, poison=True) as ranks:
+        tallies = run_checked(ranks, Work(config, 2, 3), 4)
+    assert scenarios.corrupt(tallies) == []
+
+
+@pytest.mark.parametrize("reduce", ["owner", "expert"])
+def test_weights_at_the_expert(reduce: str) -> None:
+    config = small(weights_at="expert", reduce=reduce)
+    with VirtualRanks(3, config, backends=BOTH, poison=True) as ranks:
+        tallies = run_checked(ranks, Work(config, 3, 4), 4)
+    assert scenarios.corrupt(tallies) == []
+
+
+@pytest.mark.parametrize("hidden", [8, 24, 40])
+def test_rows_of_bytes_with_scales(hidden: int) -> None:
+    """Rows that come quantised: their payload and scales need not be whole words of 16 bytes, nor of 4."""
+    config = small(hidden=hidden, dispatch_dtype=torch.int8, scale_dtype=torch.uint8, num_scales=3)
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randint(-128, 127, (2, 5, hidden), generator=generator, dtype=torch.int8)
+    scales = torch.randint(0, 255, (2, 5, 3), generator=generator, dtype=torch.uint8)
+    idx = torch.stack([torch.randperm(8, generator=generator)[:3] for _ in range(10)]).reshape(2, 5, 3)
+
+    with VirtualRanks(2, config, backends=BOTH, poison=True) as ranks:
+
+        def one(buffer: rig.Buffer) -> int:
+            mine = buffer.rank
+            received, handle = buffer.dispatch(x[mine], idx[mine], torch.ones(5, 3), scales[mine])
+            sources = handle.sources()
+            places, srcs, tokens = sources[:, 0].long(), sources[:, 2].long(), sources[:, 3].long()
+            assert torch.equal(received.x.reshape(-1, hidden)[places], x[srcs, tokens])
+            assert torch.equal(received.scales.reshape(-1, 3)[places], scales[srcs, tokens])
+            buffer.combine(torch.zeros(received.x.shape, dtype=config.dtype), handle)
+            return len(sources)
+
+        counts = ranks.run(one)
+    assert raised(counts) and sum(counts) == 30
+
+
+# --- halves, and ends of all kinds
+
+
+@pytest.mark.parametrize("backends", [("cuda-host",), BOTH], ids="-".join)
+def test_two_rounds_open(backends: tuple) -> None:
+    config = small()
+    with VirtualRanks(3, config, backends=backends, poison=True) as ranks:
+        tallies = rig.run_two_open(ranks, Work(config, 3, 6), 6)
+    assert scenarios.corrupt(tallies) == [] and all(tally.rounds == 6 and not tally.lost for tally in tallies)
+
+
+def test_hooks() -> None:
+    config = small()
+    work = Work(config, 2, 7)
+    with VirtualRanks(2, config, poison=True) as ranks:
+
+        def one(buffer: rig.Buffer) -> Tally:
+            checker = Checker(buffer, work)
+            for _ in range(3):
+                number = buffer.num_rounds
+                received, handle, receive = buffer.dispatch(*work.tokens(buffer.rank, number), return_recv_hook=True)
+                receive()
+                checker.check_received(received, handle, number)
+                out, outcome, finish = buffer.combine(checker.experts(received), handle, return_recv_hook=True)
+                finish()
+                checker.check_output(out, outcome, number)
+            return checker.tally
+
+        tallies = raised(ranks.run(one))
+    assert scenarios.corrupt(tallies) == [] and all(tally.rounds == 3 for tally in tallies)
+
+
+@pytest.mark.parametrize("received", [False, True])
+def test_abandoned(received: bool) -> None:
+    """Peers are told, get nothing, and go on."""
+    config = small()
+    work = Work(config, 3, 8)
+    with VirtualRanks(3, config, backends=BOTH, poison=True) as ranks:
+
+        def one(buffer: rig.Buffer) -> Tally:
+            checker = Checker(buffer, work)
+            checker.run(1)
+            if buffer.rank == 0:
+                _, handle, receive = buffer.dispatch(*work.tokens(0, buffer.num_rounds), return_recv_hook=True)
+                if received:
+                    receive()
+                buffer.abandon(handle)
+            else:
+                checker.run(1)
+            return checker.run(2)
+
+        tallies = raised(ranks.run(one))
+        evidence = [found for buffer in ranks.buffers for found in buffer.evidence()]
+    assert scenarios.corrupt(tallies) == [] and not evidence
+    assert all(tally.lost_by_round[2] > 0 for tally in tallies[1:])
+    assert sum(tally.lost_by_round[3] + tally.lost_by_round[4] for tally in tallies) == 0
+
+
+def test_small_collectives_between_rounds() -> None:
+    """They run on the host, and leave what the kernels show of this rank as it should be."""
+    config = small()
+    work = Work(config, 3, 9)
+    with VirtualRanks(3, config, backends=BOTH, poison=True) as ranks:
+        ranks.buffers[1].arm("collective.begin", 1, "sleep_us", 200_000)
+
+        def one(buffer: rig.Buffer) -> Tally:
+            checker = Checker(buffer, work)
+            for number in range(3):
+                checker.run(1)
+                largest, _ = buffer.all_reduce(torch.tensor([buffer.rank + number]), "max")
+                assert largest.item() == number + 2
+            return checker.tally
+
+        tallies = raised(ranks.run(one))
+        evidence = [found for buffer in ranks.buffers for found in buffer.evidence()]
+    assert scenarios.corrupt(tallies) == [] and not evidence and all(tally.rounds == 3 for tally in tallies)
+
+
+def test_close_ends_a_wait() -> None:
+    """Rank 1 never comes to the round; rank 0 is closed from another thread, and leaves its wait."""
+    config = small()
+    with VirtualRanks(2, config) as ranks:
+        threading.Timer(0.3, ranks.buffers[0].close).start()
+        (result,) = ranks.run(lambda buffer: buffer.dispatch(*Work(config, 2).tokens(0, 1)), [0])
+    assert isinstance(result, ClosedError)
+
+
+def test_a_round_that_is_ended_leaves_nothing_of_the_one_before() -> None:
+    """A replayed graph reads its outputs whatever became of the round: counts are 0, and every choice is lost."""
+    config = small()
+    counts, offsets = torch.full([4], 7, dtype=torch.int32), torch.full([5], 7, dtype=torch.int32)
+    out, lost = torch.ones(6, 64, dtype=torch.bfloat16), torch.zeros(1, dtype=torch.uint8)
+    codes = torch.ones(6, 3, dtype=torch.uint8)
+    work = Work(config, 2)
+    for is_received in (False, True):
+        with VirtualRanks(2, config) as ranks:
+            buffers = ranks.buffers
+            sent = [buffer._dispatch_send(*work.tokens(buffer.rank, 1), None) for buffer in buffers[: 1 + is_received]]
+            core_of_0, recv_x = buffers[0].core, sent[0][0][0]
+            threading.Timer(0.3, buffers[0].close).start()
+            pointers = (counts.data_ptr(), offsets.data_ptr())
+            status = core_of_0.dispatch_receive(1, recv_x.data_ptr(), 0, 0, *pointers)[0]
+            if is_received:
+                assert status == "ok" and core_of_0.combine_send(recv_x.data_ptr(), 1) == "ok"
+                status = core_of_0.combine_receive(1, out.data_ptr(), codes.data_ptr(), lost.data_ptr())
+            assert status == "closed"
+        if not is_received:
+            assert counts.tolist() == [0] * 4 and offsets.tolist() == [0] * 5
+    assert (codes == 2).all() and lost.item() == 1 and not out.any()
+
+
+def test_bad_experts_are_refused_before_anything_is_sent() -> None:
+    config = small()
+    with VirtualRanks(1, config) as ranks:
+        (buffer,) = ranks.buffers
+        x, _, weights = Work(config, 1).tokens(0, 1)
+        idx = torch.arange(3).repeat(6, 1)
+        for wrong, why in ((8, r"topk_idx\[4, 1\] is 8; give an expert from 0 to 7"), (0, "names expert 0 twice")):
+            bad = idx.clone()
+            bad[4, 1] = wrong
+            with pytest.raises(ValueError, match=why):
+                buffer.dispatch(x, bad, weights)
+        assert buffer.num_rounds == 1
+        assert Checker(buffer, Work(config, 1)).run(2).corrupt == []
+
+
+def test_streams_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"backend: 'cuda-host' sends every batch in one chunk.*num_chunk_tokens=6"):
+        small(num_chunk_tokens=2)
