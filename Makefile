@@ -2,6 +2,7 @@
 #
 #   make drill    eight processes, one of them killed in the middle of an all-to-all
 #   make test     the test suite (ARGS="-k tidy" goes to pytest; drill and prove take ARGS too)
+#   make test-vllm  the tests on a real vLLM, in an environment of its own (VENV_VLLM)
 #   make prove    the long runs behind docs/measured.md
 #   make lint     what a change is checked for;  make format  mends what can be mended
 #   make native   the native tests without Python
@@ -9,11 +10,12 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+VENV_VLLM ?= .venv-vllm
 PY := $(VENV)/bin/python
 STAMPS := $(VENV)/stamps
 CPP_FILES = $(shell find csrc kernels tests/native -name '*.[ch]pp' -o -name '*.cu' 2>/dev/null)
 
-.PHONY: drill test prove lint lint-python lint-types lint-cpp format native build clean distclean
+.PHONY: drill test test-vllm prove lint lint-python lint-types lint-cpp format native build clean distclean
 .DELETE_ON_ERROR:
 
 drill: build
@@ -21,6 +23,9 @@ drill: build
 
 test: build
 	$(PY) -m pytest $(ARGS)
+
+test-vllm: build
+	@VENV=$(VENV) VENV_VLLM=$(VENV_VLLM) tests/vllm/run $(ARGS)
 
 prove: build
 	$(PY) -m tests.prove $(ARGS)
@@ -83,4 +88,4 @@ clean:
 	rm -f $(STAMPS)/package
 
 distclean: clean
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(VENV_VLLM)

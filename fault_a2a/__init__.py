@@ -20,6 +20,7 @@ _HOME = {
     "Config": "config",
     "Group": "group",
     "Placement": "placement",
+    "status": "group_status",
     "View": "membership",
     "Evidence": "membership",
     "FaultA2AError": "errors",
@@ -49,6 +50,7 @@ __all__ = [
     "View",
     "__version__",
     "phases",
+    "status",
 ]
 
 

@@ -7,27 +7,37 @@ import os
 import time
 import weakref
 from collections.abc import Callable
-from typing import Any, Literal, NoReturn, overload
+from typing import Any, Literal, overload
 
 import torch
 
 from fault_a2a import ops
 from fault_a2a._core import core
-from fault_a2a.checks import check_expert_rows, check_kind, check_kinds, check_scales, check_tensor, check_tokens
+from fault_a2a.checks import (
+    check_expert_rows,
+    check_kind,
+    check_kinds,
+    check_scales,
+    check_sums,
+    check_tensor,
+    check_tokens,
+)
 from fault_a2a.collectives import Collectives
 from fault_a2a.config import MAX_MS, MIN_BEATS_PER_SILENCE, Config
-from fault_a2a.core_fields import collective_phases, core_fields, phases
-from fault_a2a.errors import ClosedError, ConstructError, FaultA2AError, QuorumLostError, RankEvictedError
+from fault_a2a.core_fields import core_fields
+from fault_a2a.core_status import error_of
+from fault_a2a.errors import ClosedError, ConstructError, FaultA2AError
 from fault_a2a.group import Group, as_group, forget_names, host_of_this_process
 from fault_a2a.joins import WayIn, tell_life
 from fault_a2a.lent_memory import LentMemory
 from fault_a2a.lives import Membership
 from fault_a2a.membership import MembershipThread, View, arbiter_for
 from fault_a2a.placement import as_whole_number
+from fault_a2a.planted_faults import PlantedFaults
 from fault_a2a.rounds import Handle, Outcome, Received, RecvHook, SourceStats
 
 
-class Buffer(Collectives, Membership):
+class Buffer(Collectives, Membership, PlantedFaults):
     """One rank's end of the all-to-all.
 
     Construction is collective and blocks, at most ``config.construct_timeout_ms``. Everything else is per rank.
@@ -141,7 +151,7 @@ class Buffer(Collectives, Membership):
         self.id = ops.register(self)
         self._memory = LentMemory(self.recv_shape, self.config.recv_dtype)
         arbiter = arbiter_for(self.config, self.group)
-        self._membership = MembershipThread(self.core, arbiter, self._callbacks, joined)
+        self._membership = MembershipThread(self.core, arbiter, self.rank, self._callbacks, joined)
 
     def _meet_group(self, deadline: float) -> None:
         try:
@@ -252,16 +262,34 @@ class Buffer(Collectives, Membership):
 
     @overload
     def combine(
-        self, y: torch.Tensor, handle: Handle, *, return_recv_hook: Literal[False] = False
+        self,
+        y: torch.Tensor,
+        handle: Handle,
+        *,
+        out: torch.Tensor | None = None,
+        topk_weights: torch.Tensor | None = None,
+        return_recv_hook: Literal[False] = False,
     ) -> tuple[torch.Tensor, Outcome]: ...
 
     @overload
     def combine(
-        self, y: torch.Tensor, handle: Handle, *, return_recv_hook: Literal[True]
+        self,
+        y: torch.Tensor,
+        handle: Handle,
+        *,
+        out: torch.Tensor | None = None,
+        topk_weights: torch.Tensor | None = None,
+        return_recv_hook: Literal[True],
     ) -> tuple[torch.Tensor, Outcome, RecvHook]: ...
 
     def combine(
-        self, y: torch.Tensor, handle: Handle, *, return_recv_hook: bool = False
+        self,
+        y: torch.Tensor,
+        handle: Handle,
+        *,
+        out: torch.Tensor | None = None,
+        topk_weights: torch.Tensor | None = None,
+        return_recv_hook: bool = False,
     ) -> tuple[torch.Tensor, Outcome] | tuple[torch.Tensor, Outcome, RecvHook]:
         """Returns each expert row to its owner and sums what came back for my tokens.
 
@@ -270,6 +298,9 @@ class Buffer(Collectives, Membership):
         Args:
             y: the experts' output, same shape and dtype as ``recv.x``, contiguous.
             handle: of the dispatch; good once.
+            out: written in place and returned, instead of a new tensor; contiguous. Not for compiled code.
+            topk_weights: in place of those of the dispatch; only with ``reduce="owner"`` and ``weights_at="owner"``.
+                Not for compiled code.
             return_recv_hook: send only, and return a hook that sums. Waits for nobody then. ``y`` must not change
                 before the hook has been called, and the round stays open until it has been.
 
@@ -279,7 +310,11 @@ class Buffer(Collectives, Membership):
         _check_is_handle(handle)
         check_kind("y", y)
         if return_recv_hook:
-            return self._combine_send(y, handle)
+            return self._combine_send(y, handle, out, topk_weights)
+        if out is not None or topk_weights is not None:
+            out, outcome, hook = self._combine_send(y, handle, out, topk_weights)
+            hook()
+            return out, outcome
         out, codes, lost = torch.ops.fault_a2a.combine(y, handle.topk_weights, handle.tensor, self.id)
         return out, Outcome(codes, lost)
 
@@ -354,18 +389,22 @@ class Buffer(Collectives, Membership):
         receive()
         return out, outcome.codes, outcome.lost
 
-    def _combine_send(self, y: torch.Tensor, handle: Handle) -> tuple[torch.Tensor, Outcome, RecvHook]:
+    def _combine_send(
+        self, y: torch.Tensor, handle: Handle, out: torch.Tensor | None = None, weights: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, Outcome, RecvHook]:
         self._check_open()
         round_number, num_tokens = self._check_handle(handle.tensor)
         check_expert_rows(self.config, self.recv_shape, y, int(handle.tensor[3]))
+        check_sums(self.config, num_tokens, out, weights)
         self._raise_for(self.core.combine_send(y.data_ptr(), round_number))
-        out = torch.empty([num_tokens, self.config.hidden], dtype=self.config.dtype)
+        if out is None:
+            out = torch.empty([num_tokens, self.config.hidden], dtype=self.config.dtype)
         codes = torch.empty([num_tokens, self.config.num_topk], dtype=torch.uint8)
         lost = torch.empty([], dtype=torch.bool)
 
         def receive(y: torch.Tensor = y) -> None:  # a stream reads y until it ends
-            status = self.core.combine_receive(round_number, out.data_ptr(), codes.data_ptr(), lost.data_ptr())
-            self._raise_for(status)
+            pointers = (0 if tensor is None else tensor.data_ptr() for tensor in (out, codes, lost, weights))
+            self._raise_for(self.core.combine_receive(round_number, *pointers))
 
         return out, Outcome(codes, lost), RecvHook("combine", receive)
 
@@ -394,28 +433,7 @@ class Buffer(Collectives, Membership):
 
     def _raise_for(self, status: str) -> None:
         if status != "ok":
-            self._raise(status)
-
-    def _raise(self, status: str) -> NoReturn:
-        if status == "evicted":
-            decided = self.views()[-1][0]
-            raise RankEvictedError(f"the group went on without rank {self.group.rank}: {decided.reason}.")
-        if status == "quorum_lost":
-            raise QuorumLostError(
-                f"rank {self.group.rank} suspects {self.core.suspects()} and found no agreement on the next view "
-                f"within {self.config.agreement_timeout_ms} ms."
-            )
-        if status == "closed":
-            raise ClosedError("this buffer is closed.")
-        if status == "not_received":
-            raise RuntimeError("this handle's rows have not been received; call the hook that came with it first")
-        if status == "open_round":
-            raise RuntimeError("a round is open: combine or abandon its handle before begin_step")
-        if status == "third_round":
-            raise RuntimeError("two rounds are open: combine or abandon the older handle before the next dispatch")
-        raise RuntimeError(
-            f"this handle's round is answered already ({status}); call the hook of its combine, or dispatch anew"
-        )
+            raise error_of(status, self)
 
     # -- what this rank knows ----------------------------------------------------------------------------------------
 
@@ -460,37 +478,11 @@ class Buffer(Collectives, Membership):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    # -- the test build ----------------------------------------------------------------------------------------------
-
-    def arm(self, phase: str, round_number: int, action: str, value: int = 0, skip: int = 0) -> None:
-        """Test build: ``action`` (kill, stop, sleep_us, crash) when this rank reaches ``phase`` of ``round_number``.
-
-        ``round_number``: of a phase of a collective, that collective's number.
-
-        ``skip``: how often it passes the phase first; a stream comes to some of them once a chunk.
-        """
-        _need_hooks()
-        known = [*phases(), *collective_phases()]
-        if phase not in known:
-            raise ValueError(f"phase is {phase!r}; give one of {', '.join(known)}")
-        self.core.arm(core.phases().index(phase), round_number, action, value, skip)
-
-    def cut(self, rank: int) -> None:
-        """Test build: from now on everything between this rank and ``rank`` is lost, on this side."""
-        _need_hooks()
-        self._cut: set[int] = getattr(self, "_cut", set()) | {rank}
-        self.core.set_faults({"cut": sorted(self._cut)})
-
 
 def _leave(endpoint: Any, membership: MembershipThread | None) -> None:
     endpoint.close()
     if membership is not None:
         membership.stop()
-
-
-def _need_hooks() -> None:
-    if not core.has_hooks:
-        raise RuntimeError("faults need the test build; set FAULT_A2A_CORE=hooks before importing fault_a2a")
 
 
 def _check_is_handle(handle: Any) -> None:

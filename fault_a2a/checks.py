@@ -74,3 +74,17 @@ def check_expert_rows(config: Config, recv_shape: Sequence[int], y: torch.Tensor
     # Compiled callers hand back the whole of recv.x, others the received rows.
     rows = y.shape[0] if y.dim() == 2 and y.shape[0] == recv_shape[0] else num_received
     check_tensor("y", y, (config.dtype,), [rows, config.hidden])
+
+
+def check_sums(config: Config, num_tokens: int, out: torch.Tensor | None, topk_weights: torch.Tensor | None) -> None:
+    """What a caller of combine brings to have its sums written into, and weighted with."""
+    if out is not None:
+        check_tensor("out", out, (config.dtype,), [num_tokens, config.hidden])
+    if topk_weights is None:
+        return
+    if config.reduce != "owner" or config.weights_at != "owner":
+        raise ValueError(
+            "topk_weights of combine come too late for sums that other ranks make; give them to dispatch, or set "
+            'reduce="owner" and weights_at="owner"'
+        )
+    check_tensor("topk_weights", topk_weights, (torch.float32,), [num_tokens, config.num_topk])

@@ -25,7 +25,10 @@ class FaultA2AError(RuntimeError):
 class RankEvictedError(FaultA2AError):
     """The others decided a view without this rank. Nothing this rank stores is read by them any more."""
 
-    next_step = "Close this buffer; the other ranks go on without this one, so start it again as a new process."
+    next_step = (
+        "The other ranks go on without this one: call buffer.rejoin() to come back at a step start, "
+        "or close this buffer and let a new process join."
+    )
 
 
 class QuorumLostError(FaultA2AError):

@@ -25,9 +25,9 @@ class Group:
             construction, and with ``Config(agreement="store")`` to decide between proposals for a view; otherwise it
             may be lost afterwards. No row and no beat goes through it.
         rank: this rank, 0 to ``num_ranks - 1``.
-        num_ranks: ranks of the group, 1 to 1024.
+        num_ranks: ranks of the group, 1 to 1024. Of a rank that joins one with room for more: ``max_num_ranks``.
         name: several groups on one store need different names. Several buffers of one group do not, if every rank
-            constructs them in the same order.
+            constructs them in the same order; who joins, joins the newest of that name.
         fabric: virtual ranks of one process share one (see ``fault_a2a.testing.VirtualRanks``); ``None`` means shared
             memory between the processes of this host.
         construction: set by ``introduce``.
@@ -122,14 +122,24 @@ def forget_names(token: str) -> None:
 
 
 def as_group(group: Any) -> Group:
-    """Takes a ``Group`` as it is, and makes one of a ``torch.distributed`` process group."""
+    """Takes a ``Group`` as it is, and makes one of a process group.
+
+    That is one of ``torch.distributed``, registered there or made without it (stateless), or any object with a
+    ``store``, a ``rank`` and a ``world_size``.
+    """
     if isinstance(group, Group):
         return group
     import torch.distributed as dist
 
-    if not isinstance(group, dist.ProcessGroup):
-        raise TypeError(
-            f"group is a {type(group).__name__}; give a fault_a2a.Group or a torch.distributed process group"
-        )
-    store = dist.distributed_c10d._get_default_store()
-    return Group(store, group.rank(), group.size(), name=f"pg-{group.group_name}")
+    if isinstance(group, dist.ProcessGroup):
+        if group in dist.distributed_c10d._world.pg_map:
+            store = dist.distributed_c10d._get_default_store()
+            return Group(store, group.rank(), group.size(), name=f"pg-{group.group_name}")
+        # Nobody has given it a name, and its store is its own.
+        return Group(group.get_group_store(), group.rank(), group.size(), name="stateless")
+    if isinstance(getattr(group, "store", None), dist.Store):
+        return Group(group.store, int(group.rank), int(group.world_size), name="stateless")
+    raise TypeError(
+        f"group is a {type(group).__name__}; give a fault_a2a.Group, a torch.distributed process group, or an object "
+        "with store, rank and world_size"
+    )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,8 +10,7 @@ from typing import Any, Protocol
 
 from fault_a2a.config import Config
 from fault_a2a.group import Group
-
-_log = logging.getLogger(__name__)
+from fault_a2a.log_events import GroupLog, tell
 
 
 @dataclass(frozen=True)
@@ -102,10 +100,12 @@ class MembershipThread:
     MIN_PAUSE_S, MAX_PAUSE_S = 0.05, 1.0
 
     def __init__(
-        self, endpoint: Any, arbiter: Arbiter | None, callbacks: list[Callable[[View], None]], joined: bool
+        self, endpoint: Any, arbiter: Arbiter | None, rank: int, callbacks: list[Callable[[View], None]], joined: bool
     ) -> None:
         self._endpoint = endpoint
         self._arbiter = arbiter
+        self._rank = rank
+        self._log = GroupLog(endpoint, rank)
         self._callbacks = callbacks  # the buffer's: it outlives this thread when the rank comes back
         # To a newcomer the view that let it in is news; founders have constructed theirs.
         self._told_epoch = endpoint.current()["epoch"] - int(joined)
@@ -142,6 +142,7 @@ class MembershipThread:
             self._pause_s = min(2 * self._pause_s, self.MAX_PAUSE_S)
 
     def _tell(self) -> None:
+        self._log.look()
         if not self._callbacks:
             return
         for decision, _ in self._endpoint.views():
@@ -152,4 +153,4 @@ class MembershipThread:
                 try:
                     callback(View.of(decision))
                 except Exception:  # the group must go on: this thread may carry its proposals
-                    _log.exception("a callback of on_view_change failed; views go on without it")
+                    tell("callback_failed", exc_info=True, rank=self._rank, epoch=decision["epoch"])

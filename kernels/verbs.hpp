@@ -54,6 +54,8 @@ struct Stats {
   u64 num_rounds = 0;
   u64 num_rejected = 0;  // sources whose counts or indices were refused
   u64 num_rechecks = 0;  // sources withdrawn because their word changed while they were copied
+  u64 num_lost = 0;      // choices of this rank's tokens, by their outcome; read by other threads at any time
+  u64 num_unroutable = 0;
 };
 
 // What one peer has cost this rank so far: counters that only grow, read by other threads at any time.
@@ -104,9 +106,10 @@ struct CombineArgs {
 
 struct ReduceArgs {
   u64 round;
-  u8* out;    // [num_tokens, hidden]
-  u8* codes;  // [num_tokens, num_topk]
-  u8* lost;   // one bool
+  u8* out;                              // [num_tokens, hidden]
+  u8* codes;                            // [num_tokens, num_topk]
+  u8* lost;                             // one bool
+  const float* topk_weights = nullptr;  // in place of those of the dispatch; only for sums at the owner
 };
 
 struct CombineResult {

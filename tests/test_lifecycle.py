@@ -358,7 +358,7 @@ def test_other_group_size_on_one_rank_is_named() -> None:
 @pytest.mark.parametrize(
     ("arguments", "kind", "words"),
     [
-        ((7, config_of()), TypeError, "group is a int; give a fault_a2a.Group or"),
+        ((7, config_of()), TypeError, "group is a int; give a fault_a2a.Group, a"),
         ((None, config_of()), TypeError, "group is a NoneType; give"),
         ((groups_of(1)[0], {"hidden": 8}), TypeError, "config is a dict; give a fault_a2a.Config"),
         ((groups_of(1)[0], config_of(placement=[0, 1, 0, 0, 0, 0, 0])), ValueError, "expert_rank.*pass ranks from 0"),

@@ -122,7 +122,7 @@ class Endpoint : private Doors {
   i32 prepared_partition_ = -1;
   NewcomerFabric* newcomer_ = nullptr;
   std::vector<u64> knocked_at_;  // per rank: the incarnation that was knocked at
-  std::vector<u64> reached_;     // per rank: the incarnation whose offer is mapped
+  std::vector<u64> reached_;     // per rank: which offer of which incarnation is mapped
 };
 
 }  // namespace fa2a

@@ -60,7 +60,8 @@ bool Endpoint::reach(i32 owner, i32 partition) {
   const bool is_mine = read_newest(page.offer, offer, version) && offer.incarnation == me &&
                        offer.partition == static_cast<u64>(partition);
   if (!is_mine) return reached_[at] = 0, false;
-  const u64 key = page.incarnation ^ static_cast<u64>(partition) << 32;
+  // By its version, not by its partition: one that was put aside, taken back and put aside again is other memory.
+  const u64 key = page.incarnation ^ version;
   if (reached_[at] == key) return true;
   if (!fabric_->open_outbound(owner, static_cast<i32>(page.pid), static_cast<i32>(offer.fd), 0)) return false;
   // The number may be another file's by now; only what was put aside for me says so.

@@ -207,8 +207,9 @@ const char* call_combine_send(Endpoint& endpoint, std::uintptr_t y, u64 round) {
 }
 
 const char* call_combine_receive(Endpoint& endpoint, u64 round, std::uintptr_t out, std::uintptr_t codes,
-                                 std::uintptr_t lost) {
-  const ReduceArgs args{round, pointer<u8>(out), pointer<u8>(codes), pointer<u8>(lost)};
+                                 std::uintptr_t lost, std::uintptr_t topk_weights) {
+  const ReduceArgs args{round, pointer<u8>(out), pointer<u8>(codes), pointer<u8>(lost),
+                        pointer<const float>(topk_weights)};
   return name_of(unlocked([&] { return endpoint.combine_receive(args); }).status);
 }
 
@@ -246,6 +247,8 @@ py::dict stats(Endpoint& endpoint) {
   out["num_rounds"] = endpoint.context().stats.num_rounds;
   out["num_rejected"] = endpoint.context().stats.num_rejected;
   out["num_rechecks"] = endpoint.context().stats.num_rechecks;
+  out["num_lost"] = load_relaxed(&endpoint.context().stats.num_lost);
+  out["num_unroutable"] = load_relaxed(&endpoint.context().stats.num_unroutable);
   out["next_round"] = endpoint.context().next_round;
   return out;
 }
@@ -275,7 +278,8 @@ void bind_endpoint(py::module_& m) {
       .def("dispatch_send", &call_dispatch_send)
       .def("dispatch_receive", &call_dispatch_receive)
       .def("combine_send", &call_combine_send)
-      .def("combine_receive", &call_combine_receive)
+      .def("combine_receive", &call_combine_receive, py::arg("round"), py::arg("out"), py::arg("codes"),
+           py::arg("lost"), py::arg("topk_weights") = 0)
       .def("abandon", &call_abandon)
       .def("gather_all", &call_gather_all)
       .def("sources", &sources)
@@ -301,6 +305,7 @@ void bind_endpoint(py::module_& m) {
              return out;
            })
       .def("suspects", [](Endpoint& e) { return ranks_of(suspects_of(e.state()), e.config().shape.num_ranks); })
+      .def("last_beat_ns", [](Endpoint& e, i32 rank) { return load_acquire(&e.fabric().page(rank).process_beat); })
       .def("fault_at_ns", [](Endpoint& e, i32 rank) { return load_acquire(&e.fabric().page(rank).fault_at_ns); })
       .def("next_proposal",
            [](Endpoint& e, i64 timeout_ms) -> py::object {

@@ -89,8 +89,19 @@ void Pulse::look(i64 now) {
   for (i32 rank = 0; rank < options_.agreement.num_ranks; ++rank) {
     if (rank == options_.agreement.rank || proven_dead_.has(rank)) continue;
     if (!newest_view(state_.ring).active.has(rank)) continue;
-    accuse(rank, look_at(rank));
+    const Evidence found = look_at(rank);
+    if (found == Evidence::left && has_left_as_decided(rank)) continue;
+    accuse(rank, found);
   }
+}
+
+// It was gone before this rank came to adopt the view that leaves it out, which stands on its page and is adopted in
+// this very turn. To accuse it would be to take a planned leave for a fault.
+bool Pulse::has_left_as_decided(i32 rank) {
+  LastRead<Decision>& decision = copies_[static_cast<size_t>(rank)].decision;
+  if (!decision.newest(pages_[static_cast<size_t>(rank)]->decision)) return false;
+  const View& view = decision.record.view;
+  return view.epoch > newest_view(state_.ring).epoch && !view.active.has(rank);
 }
 
 Evidence Pulse::look_at(i32 rank) {

@@ -116,6 +116,7 @@ class Pulse {
   void run() noexcept;
   void look(i64 now);
   Evidence look_at(i32 rank);
+  bool has_left_as_decided(i32 rank);
   void accuse(i32 rank, Evidence kind);
   void agree(i64 now);
   void apply(AgreementStep& step, i64 now);

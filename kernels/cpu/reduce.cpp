@@ -132,11 +132,15 @@ bool Reduction::sum_batch() {
   } while (withdraw_changed());
   c_.wire->at(Point::combine_chunk_taken, open_.round);
   num_lost_ += num_lost;
+  u64 num_unroutable = 0;
   for (size_t i = next_token_ * num_topk_; i < end_token * num_topk_; ++i) {
     const i32 dst = open_.dst_rank[i];
+    if (args_->codes[i] == static_cast<u8>(Outcome::unroutable)) ++num_unroutable;
     if (dst >= 0 && open_.active.has(dst) && in(dst).num_summed <= open_.combine_row[i])
       in(dst).num_summed = open_.combine_row[i] + 1;
   }
+  add_to(c_.stats.num_lost, static_cast<u64>(num_lost));
+  add_to(c_.stats.num_unroutable, num_unroutable);
   next_token_ = end_token;
   for (i32 dst = 0; dst < n_; ++dst) give_back(dst);
   machine_.advance();
@@ -277,6 +281,8 @@ void Reduction::look_for_word_of(i32 peer) {
 // Only after it may the round after next use the slots.
 CombineResult close_round(Context& c, OpenRound& open, const ReduceArgs* args) {
   CpuMachine machine(c, open.round);
+  if (args != nullptr && args->topk_weights != nullptr)
+    open.topk_weights.assign(args->topk_weights, args->topk_weights + open.topk_weights.size());
   Reduction reduction(c, machine, open, args);
   CombineResult result;
   result.status = reduction.run();

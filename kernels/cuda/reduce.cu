@@ -8,7 +8,8 @@ namespace fa2a {
 namespace device {
 
 struct GatherArgs {
-  bool abandon;  // answers are waited for and not looked at
+  bool abandon;               // answers are waited for and not looked at
+  const float* topk_weights;  // in place of those of the dispatch; nullptr: those
 };
 
 // Waits for every holder's answer. It counts only with as many rows as were asked for. One block.
@@ -44,6 +45,9 @@ FA2A_KERNEL combine_gather(DeviceRank* rank, GatherArgs args, DeviceHandle* hand
     refuse(r, round, Verb::combine, dst);
   }
   sync_block();
+  const i64 num_choices = static_cast<i64>(round.num_tokens) * r.shape.num_topk;
+  for (i64 i = thread_idx(); args.topk_weights != nullptr && i < num_choices; i += num_threads())
+    round.weights[i] = args.topk_weights[i];
   if (is_released == 0 && !args.abandon) {
     if (thread_idx() == 0) set_step(round, Step::gathered);
     return;
@@ -68,6 +72,7 @@ struct ReduceShared {
   u32 is_last;
   u32 num_changed;
   u32 num_lost;
+  u32 num_unroutable;
 };
 
 FA2A_DEVICE Outcome outcome_of(const DeviceRound& round, i32 dst) {
@@ -150,16 +155,20 @@ FA2A_DEVICE bool withdraw_changed_holders(DeviceRank& r, DeviceRound& round, u32
   return changed;
 }
 
-FA2A_DEVICE void count_lost(const DeviceRank& r, DeviceRound& round, const ReduceTensors& to, u32& num_lost) {
-  if (thread_idx() == 0) num_lost = 0;
+FA2A_DEVICE void count_lost(DeviceRank& r, DeviceRound& round, const ReduceTensors& to, ReduceShared& shared) {
+  if (thread_idx() == 0) shared.num_lost = shared.num_unroutable = 0;
   sync_block();
   const i64 num_choices = static_cast<i64>(round.num_tokens) * r.shape.num_topk;
-  for (i64 i = thread_idx(); i < num_choices; i += num_threads())
-    if (to.codes[i] == static_cast<u8>(Outcome::lost)) atomic_add(&num_lost, 1);
+  for (i64 i = thread_idx(); i < num_choices; i += num_threads()) {
+    if (to.codes[i] == static_cast<u8>(Outcome::lost)) atomic_add(&shared.num_lost, 1);
+    if (to.codes[i] == static_cast<u8>(Outcome::unroutable)) atomic_add(&shared.num_unroutable, 1);
+  }
   sync_block();
   if (thread_idx() != 0) return;
-  round.num_lost = num_lost;
-  *to.lost = num_lost > 0 ? 1 : 0;
+  round.num_lost = shared.num_lost;
+  add_to(r.stats.num_lost, shared.num_lost);
+  add_to(r.stats.num_unroutable, shared.num_unroutable);
+  *to.lost = shared.num_lost > 0 ? 1 : 0;
 }
 
 // A round that never began here, or that the host ended: nothing came back, and a replayed graph says so instead of
@@ -192,7 +201,7 @@ FA2A_KERNEL combine_reduce(DeviceRank* rank, ReduceTensors to, const DeviceHandl
     if (!withdraw_changed_holders(r, round, shared.num_changed)) break;
     for (i32 token = 0; token < round.num_tokens; ++token) sum_token(r, round, token, to, shared.list);
   }
-  count_lost(r, round, to, shared.num_lost);
+  count_lost(r, round, to, shared);
   if (thread_idx() == 0) point(r.host, Point::combine_chunk_taken, round.round);
   enter(r, round.round, Phase::closed);
   sync_block();

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import faulthandler
 import json
+import logging
 import os
 import random
 import signal
@@ -81,6 +82,7 @@ def run_rank(rank: int, work: Work, pipes: Pipes, parent_pid: int, live: bool, j
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         faulthandler.register(signal.SIGUSR1, all_threads=True)
+        logging.getLogger("fault_a2a").setLevel(logging.CRITICAL)  # the drill tells it in its own words
         store = torch.distributed.TCPStore("127.0.0.1", int(pipes.order("store")), is_master=False)
         DrillRank(rank, work, store, pipes, live, joins).run()
         status = 0

@@ -194,7 +194,8 @@ CombineResult TwinRank::combine_send(const CombineArgs& args) {
 CombineResult TwinRank::gather(u64 round, const ReduceArgs* args) {
   before_call();
   DeviceHandle& handle = device_->handles[round % kNumParities];
-  launch(1, [&] { device::combine_gather(&device_->rank, {args == nullptr}, &handle); });
+  const device::GatherArgs gathering{args == nullptr, args == nullptr ? nullptr : args->topk_weights};
+  launch(1, [&] { device::combine_gather(&device_->rank, gathering, &handle); });
   if (args != nullptr) {
     const device::ReduceTensors to{args->out, args->codes, args->lost, c_.rounds[round % kNumParities].num_tokens};
     launch(options_.num_blocks, [&] { device::combine_reduce(&device_->rank, to, &handle); });

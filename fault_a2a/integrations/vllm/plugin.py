@@ -1,0 +1,59 @@
+"""What vLLM's plug-in loader calls: off unless asked for, and loud where vLLM is not the one it was written against.
+
+vLLM picks its all-to-all by comparing strings and has no registry of them, so the user names the backend ``nixl_ep``,
+and the two classes that vLLM looks up by name for it, when it needs them, are these. Nothing else of vLLM is changed.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+from fault_a2a.integrations import settings
+from fault_a2a.integrations.vllm import touchpoints
+from fault_a2a.log_events import tell
+
+
+class VllmMovedError(RuntimeError):
+    """This vLLM is not shaped as the integration needs it; nothing of it was changed."""
+
+
+def register() -> None:
+    """Puts fault_a2a into the place of vLLM's ``nixl_ep`` backend, if ``FAULT_A2A_VLLM=1``. May be called repeatedly.
+
+    Raises:
+        VllmMovedError: naming each class and signature that is not as expected, and vLLM's version.
+        ValueError: a ``FAULT_A2A_*`` variable has no meaning.
+    """
+    if settings.ENABLED.value() != "1":
+        return
+    for setting in settings.ALL:
+        setting.value()  # here, where the user sees it, and not in the first layer
+    replaced = [importlib.import_module(module) for module, _ in touchpoints.REPLACED]
+    ours = _ours()
+    if all(
+        getattr(module, name, None) is ours[name]
+        for module, (_, name) in zip(replaced, touchpoints.REPLACED, strict=True)
+    ):
+        return
+    found = touchpoints.complaints()
+    if found:
+        raise VllmMovedError(
+            f"fault_a2a does not fit vLLM {touchpoints.vllm_version()}:\n  "
+            + "\n  ".join(found)
+            + "\nUse a vLLM that it was tested with (0.32, 0.33), or a newer fault_a2a; FAULT_A2A_VLLM=0 turns it off."
+        )
+    for module, (_, name) in zip(replaced, touchpoints.REPLACED, strict=True):
+        setattr(module, name, ours[name])
+    tell("vllm_served")
+
+
+def _ours() -> dict[str, object]:
+    # Imported late: these two import vLLM, which an API process may not have done yet.
+    from fault_a2a.integrations.vllm.all2all import FaultA2AManager
+    from fault_a2a.integrations.vllm.prepare_finalize import QUANT_BLOCK_SHAPE, FaultA2APrepareAndFinalize
+
+    return {
+        "NixlEPAll2AllManager": FaultA2AManager,
+        "NixlEPPrepareAndFinalize": FaultA2APrepareAndFinalize,
+        "NIXL_EP_QUANT_BLOCK_SHAPE": QUANT_BLOCK_SHAPE,
+    }

@@ -1,0 +1,71 @@
+"""Combine with what its caller brings: memory for the sums, and weights that were not known at the dispatch."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from fault_a2a import Buffer, Config, reference
+from fault_a2a.testing import VirtualRanks
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+NUM_RANKS, NUM_TOKENS = 3, 5
+
+
+def config_of(**changes: Any) -> Config:
+    fields: dict[str, Any] = {"num_experts": 6, "hidden": 16, "num_topk": 2, "num_max_tokens_per_rank": NUM_TOKENS}
+    return Config(**(fields | changes))
+
+
+def inputs(rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    draw = torch.Generator().manual_seed(rank)
+    x = torch.randn([NUM_TOKENS, 16], generator=draw).bfloat16()
+    topk_idx = torch.stack([torch.randperm(6, generator=draw)[:2] for _ in range(NUM_TOKENS)])
+    return x, topk_idx, torch.rand([NUM_TOKENS, 2], generator=draw)
+
+
+def expected(rank: int) -> torch.Tensor:
+    """Experts that return their rows: what their weighted sum must be, to the bit."""
+    x, _, weights = inputs(rank)
+    total = torch.zeros([NUM_TOKENS, 16])
+    for k in range(2):
+        total = total + weights[:, k : k + 1] * x.float()
+    return total.bfloat16()
+
+
+@pytest.mark.parametrize("hook", [False, True])
+def test_sums_go_where_the_caller_wants_them_with_the_weights_it_brings(hook: bool) -> None:
+    def work(buffer: Buffer) -> bool:
+        x, topk_idx, weights = inputs(buffer.rank)
+        received, handle = buffer.dispatch(x, topk_idx, torch.full_like(weights, 7.0))
+        mine = torch.full_like(x, torch.nan)
+        if hook:
+            out, _, receive = buffer.combine(received.x, handle, out=mine, topk_weights=weights, return_recv_hook=True)
+            receive()
+        else:
+            out, _ = buffer.combine(received.x, handle, out=mine, topk_weights=weights)
+        return out is mine and bool(reference.same_bits(mine, expected(buffer.rank)).all())
+
+    with VirtualRanks(NUM_RANKS, config_of()) as ranks:
+        assert ranks.run(work) == [True] * NUM_RANKS
+
+
+@pytest.mark.parametrize(
+    ("changes", "brought", "message"),
+    [
+        ({}, {"out": torch.empty([NUM_TOKENS, 8], dtype=torch.bfloat16)}, r"out has shape \[5, 8\]"),
+        ({}, {"out": torch.empty([NUM_TOKENS, 16])}, "out is torch.float32"),
+        ({}, {"topk_weights": torch.empty([NUM_TOKENS, 3])}, r"topk_weights has shape \[5, 3\]"),
+        ({"reduce": "expert"}, {"topk_weights": torch.empty([NUM_TOKENS, 2])}, "come too late"),
+        ({"weights_at": "expert"}, {"topk_weights": torch.empty([NUM_TOKENS, 2])}, "come too late"),
+    ],
+)
+def test_what_does_not_fit_is_named_before_anything_is_sent(changes: Any, brought: Any, message: str) -> None:
+    def work(buffer: Buffer) -> None:
+        received, handle = buffer.dispatch(*inputs(buffer.rank))
+        with pytest.raises((ValueError, TypeError), match=message):
+            buffer.combine(received.x, handle, **brought)
+        buffer.combine(received.x, handle)  # the round is as it was
+
+    with VirtualRanks(NUM_RANKS, config_of(**changes)) as ranks:
+        assert ranks.run(work) == [None] * NUM_RANKS
