@@ -33,8 +33,9 @@ def expected(rank: int) -> torch.Tensor:
     return total.bfloat16()
 
 
+@pytest.mark.parametrize("backend", ["cpu", "cuda-host"])
 @pytest.mark.parametrize("hook", [False, True])
-def test_sums_go_where_the_caller_wants_them_with_the_weights_it_brings(hook: bool) -> None:
+def test_sums_go_where_the_caller_wants_them_with_the_weights_it_brings(hook: bool, backend: str) -> None:
     def work(buffer: Buffer) -> bool:
         x, topk_idx, weights = inputs(buffer.rank)
         received, handle = buffer.dispatch(x, topk_idx, torch.full_like(weights, 7.0))
@@ -46,7 +47,7 @@ def test_sums_go_where_the_caller_wants_them_with_the_weights_it_brings(hook: bo
             out, _ = buffer.combine(received.x, handle, out=mine, topk_weights=weights)
         return out is mine and bool(reference.same_bits(mine, expected(buffer.rank)).all())
 
-    with VirtualRanks(NUM_RANKS, config_of()) as ranks:
+    with VirtualRanks(NUM_RANKS, config_of(backend=backend)) as ranks:
         assert ranks.run(work) == [True] * NUM_RANKS
 
 
@@ -69,3 +70,23 @@ def test_what_does_not_fit_is_named_before_anything_is_sent(changes: Any, brough
 
     with VirtualRanks(NUM_RANKS, config_of(**changes)) as ranks:
         assert ranks.run(work) == [None] * NUM_RANKS
+
+
+@pytest.mark.parametrize("backend", ["cpu", "cuda-host"])
+def test_what_is_lost_is_counted(backend: str) -> None:
+    def work(buffer: Buffer) -> tuple[int, int, int]:
+        lost = unroutable = 0
+        for _ in range(3):
+            received, handle = buffer.dispatch(*inputs(buffer.rank))
+            _, outcome = buffer.combine(received.x, handle)
+            lost += int((outcome.codes == reference.LOST).sum())
+            unroutable += int((outcome.codes == reference.UNROUTABLE).sum())
+        stats = buffer.core.stats()
+        assert (stats["num_lost"], stats["num_unroutable"]) == (lost, unroutable)
+        return buffer.rank, lost, unroutable
+
+    with VirtualRanks(NUM_RANKS, config_of(backend=backend)) as ranks:
+        ranks.buffers[2].arm("dispatch.wait", 2, "crash")  # its rows are out, its answers are not
+        results = [result for result in ranks.run(work) if isinstance(result, tuple)]
+        assert len(results) == 2
+        assert sum(lost for _, lost, _ in results) > 0
