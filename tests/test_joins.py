@@ -53,7 +53,7 @@ def alone() -> Iterator[Buffer]:
 
 def test_a_step_start_with_an_open_round_is_refused(alone: Buffer) -> None:
     _, handle = alone.dispatch(*Work(alone.config, 1).tokens(0, 1))
-    with pytest.raises(RuntimeError, match="a round is open: combine or abandon its handle before begin_step"):
+    with pytest.raises(RuntimeError, match="a round or a collective is open: end it before begin_step"):
         alone.begin_step()
     alone.abandon(handle)
     assert alone.begin_step() == alone.view
