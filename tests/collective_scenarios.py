@@ -91,6 +91,10 @@ def deaths(seed: int) -> Wrong:
 def half_heard(phase: str) -> Wrong:
     """Rank 3 of four dies when half have what it has to give or to say: the others must come to one answer."""
     with VirtualRanks(4, small(), poison=True) as ranks:
+        # Rank 2 looks at ranks 0 and 1 before they have returned; and they return before the death is seen.
+        for rank in (0, 1):
+            ranks.buffers[rank].arm("collective.said", 2, "sleep_us", 30_000)
+        ranks.buffers[3].arm(phase, 2, "sleep_us", 100_000)
         ranks.buffers[3].arm(phase, 2, "crash")
         return differences(ranks.run(lambda buffer: gather(buffer, 5)), {3}, 5)
 

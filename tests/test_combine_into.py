@@ -89,4 +89,4 @@ def test_what_is_lost_is_counted(backend: str) -> None:
         ranks.buffers[2].arm("dispatch.wait", 2, "crash")  # its rows are out, its answers are not
         results = [result for result in ranks.run(work) if isinstance(result, tuple)]
         assert len(results) == 2
-        assert sum(lost for _, lost, _ in results) > 0
+        assert sum(lost + unroutable for _, lost, unroutable in results) > 0
