@@ -53,8 +53,18 @@ def test_all_alive(formats: tuple) -> None:
         conform(ranks, RoutedWork(config, 2, seed=1))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("formats", FORMATS, ids=name_of)
+def slow_or_exhaustive(number: int, every: int) -> pytest.MarkDecorator:
+    """Of cases that take ten seconds each CI runs some; all of them: make test ARGS="-m 'slow or exhaustive'"."""
+    return pytest.mark.slow if number % every == 3 else pytest.mark.exhaustive
+
+
+@pytest.mark.parametrize(
+    "formats",
+    [
+        pytest.param(formats, marks=slow_or_exhaustive(number, 8), id=name_of(formats))
+        for number, formats in enumerate(FORMATS)
+    ],
+)
 @pytest.mark.parametrize("backends", [("triton",), ("triton", "cpu")], ids=["triton", "mixed"])
 def test_all_formats(formats: tuple, backends: tuple[str, ...]) -> None:
     config = tiny(formats)
@@ -72,8 +82,11 @@ def test_one_dead_before(formats: tuple) -> None:
 @pytest.mark.parametrize(
     "phase",
     [
-        pytest.param(phase, marks=[] if phase.endswith(("half_signalled", "copy", "reduce")) else pytest.mark.slow)
-        for phase in phases()
+        pytest.param(
+            phase,
+            marks=[] if phase.endswith(("half_signalled", "copy", "reduce")) else slow_or_exhaustive(number, 5),
+        )
+        for number, phase in enumerate(phases())
     ],
 )
 def test_one_dies_inside_a_round(phase: str) -> None:
