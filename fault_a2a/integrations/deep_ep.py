@@ -17,6 +17,7 @@ from fault_a2a.integrations import settings
 from fault_a2a.integrations.low_latency import (
     Done,
     Rows,
+    hook_or_receive,
     install_as,
     no_stats,
     return_rows,
@@ -115,9 +116,7 @@ class Buffer:
             if cumulative_local_expert_recv_stats is not None:
                 cumulative_local_expert_recv_stats.add_(num_tokens)
 
-        if not return_recv_hook:
-            receive()
-        return rows, num_tokens, opened, Done(), receive if return_recv_hook else None
+        return rows, num_tokens, opened, Done(), hook_or_receive(receive, return_recv_hook)
 
     def low_latency_combine(
         self,
@@ -134,10 +133,7 @@ class Buffer:
     ) -> tuple[torch.Tensor, Done, Any]:
         """(sums ``[num_tokens, hidden]``, event, hook); exactly the delivered choices, as ``Buffer.combine``."""
         no_stats(combine_wait_recv_cost_stats=combine_wait_recv_cost_stats)
-        out, hook = return_rows(x, topk_weights, handle, out)
-        if not return_recv_hook:
-            hook()
-        return out, Done(), hook if return_recv_hook else None
+        return return_rows(x, topk_weights, handle, out, return_recv_hook)
 
     def get_next_low_latency_combine_buffer(self, handle: OpenLayer) -> torch.Tensor:
         """Memory for the experts' output; any other will do as well."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.machinery
 import importlib.util
 import sys
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any, TypeAlias
 
@@ -75,13 +76,21 @@ def _scales_to_fill(received: Received, num_blocks: int, packed: bool) -> torch.
 
 
 def return_rows(
-    y: torch.Tensor, topk_weights: torch.Tensor, opened: OpenLayer, out: torch.Tensor | None
-) -> tuple[torch.Tensor, RecvHook]:
-    """(the sums, the hook that fills them)."""
+    y: torch.Tensor, topk_weights: torch.Tensor, opened: OpenLayer, out: torch.Tensor | None, return_recv_hook: bool
+) -> tuple[torch.Tensor, Done, Any]:
+    """(the sums, event, the hook that fills them or ``None`` if they are filled)."""
     if out is None:
         out = torch.empty([topk_weights.shape[0], y.shape[-1]], dtype=y.dtype)
     _, hook = opened.combine(y, out, topk_weights)
-    return out, hook
+    return out, Done(), hook_or_receive(hook, return_recv_hook)
+
+
+def hook_or_receive(hook: Callable[[], None], return_recv_hook: bool) -> Callable[[], None] | None:
+    """The hook for a caller who asked for it; for any other it is called now."""
+    if return_recv_hook:
+        return hook
+    hook()
+    return None
 
 
 def write_mask(buffers: RankBuffers, mask_status: torch.Tensor) -> None:

@@ -16,6 +16,7 @@ from fault_a2a.integrations import settings
 from fault_a2a.integrations.low_latency import (
     Done,
     Rows,
+    hook_or_receive,
     install_as,
     return_rows,
     send_tokens,
@@ -121,9 +122,7 @@ class Buffer:
             round_scale=round_scale,
             use_ue8m0=use_ue8m0,
         )
-        if not return_recv_hook:
-            hook()
-        return rows, num_tokens, opened, Done(), hook if return_recv_hook else None
+        return rows, num_tokens, opened, Done(), hook_or_receive(hook, return_recv_hook)
 
     def combine(
         self,
@@ -137,10 +136,7 @@ class Buffer:
         return_recv_hook: bool = False,
         out: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, Done, Any]:
-        out, hook = return_rows(x, topk_weights, handle, out)
-        if not return_recv_hook:
-            hook()
-        return out, Done(), hook if return_recv_hook else None
+        return return_rows(x, topk_weights, handle, out, return_recv_hook)
 
     def destroy(self) -> None:
         if self._buffers is not None:
