@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import os
 import signal
@@ -12,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import asdict
+from functools import partial
 
 from .barrier import Barrier, Place
 from .machine import IMPORT_ROOT, PACKAGE
@@ -21,7 +21,6 @@ from .work import Shape
 
 _START_TIMEOUT_S = 120
 _END_TIMEOUT_S = 5
-_PR_SET_PDEATHSIG = 1
 
 
 class MpiTeam(Team):
@@ -48,7 +47,7 @@ class MpiTeam(Team):
             stdout=self.words[0],
             stderr=self.words[0],
             env={**os.environ, "PYTHONPATH": os.pathsep.join([os.environ.get("PYTHONPATH", ""), str(IMPORT_ROOT)])},
-            preexec_fn=_end_with_parent,
+            preexec_fn=partial(die_with, os.getpid(), signal.SIGTERM),  # mpirun then ends its ranks
         )
 
     def _tell_port(self, port: int) -> None:
@@ -99,10 +98,6 @@ class MpiTeam(Team):
             self.starter.wait()
         self.listener.close()
         self.folder.cleanup()
-
-
-def _end_with_parent() -> None:
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)  # mpirun then ends its ranks
 
 
 def main() -> None:

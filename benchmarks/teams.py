@@ -266,9 +266,9 @@ def _run_round(system: System, batch: Batch, order: int, place: Place) -> None:
         raise AssertionError(f"wrong answer: {trouble}")
 
 
-def die_with(parent_pid: int) -> None:
-    """A parent that is killed cannot end its ranks, stopped ones least of all."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+def die_with(parent_pid: int, number: int = signal.SIGKILL) -> None:
+    """A parent that is killed cannot end its ranks, stopped ones least of all: this process gets the signal then."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
     if os.getppid() != parent_pid:
         os._exit(1)
 

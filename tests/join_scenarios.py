@@ -72,19 +72,35 @@ def came_at_step_starts(reports: Mapping[int, Report]) -> Wrong:
     return wrong
 
 
-def replaced(num_ranks: int = 4, victim: int = 2, guards_off: Iterable[str] = (), **changes: object) -> Wrong:
-    """One rank is killed; a new process takes its place while the others go on."""
-    config, steps = small(num_ranks, **changes), Steps(seed=1)
+def replace_one(
+    num_ranks: int,
+    victim: int,
+    config: Config,
+    steps: Steps,
+    guards_off: Iterable[str],
+    *,
+    from_round: int = 8,
+    num_more: int = 8,
+    ready_s: float = 60.0,
+) -> tuple[dict[int, Report], dict[int, int]]:
+    """Kills one rank and starts a new process in its place while the others go on: (reports, what it had begun)."""
     with Ranks(num_ranks, config, steps, guards_off) as ranks:
         ranks.wait_ready()
-        ranks.wait_begun(20, *range(num_ranks))
+        ranks.wait_begun(from_round, *range(num_ranks))
         ranks.kill(victim)
         ranks.wait_gone(victim)
         gone = begun_of(ranks, [victim])
         ranks.replace(victim)
-        ranks.hear_all([victim], "ready")
-        ranks.end_after(20)
-        reports = ranks.reports()
+        heard = ranks.hear(victim, timeout_s=ready_s)
+        assert heard == "ready", f"the new rank {victim} said {heard!r}"
+        ranks.end_after(num_more)
+        return ranks.reports(), gone
+
+
+def replaced(num_ranks: int = 4, victim: int = 2, guards_off: Iterable[str] = (), **changes: object) -> Wrong:
+    """One rank is killed; a new process takes its place while the others go on."""
+    config, steps = small(num_ranks, **changes), Steps(seed=1)
+    reports, gone = replace_one(num_ranks, victim, config, steps, guards_off, from_round=20, num_more=20)
     return judge_lives(reports, steps, config, gone) + all_in(reports, range(num_ranks)) + came_at_step_starts(reports)
 
 
@@ -136,16 +152,7 @@ def one_late_rank(guards_off: Iterable[str] = ()) -> Wrong:
     where they are."""
     num_ranks, victim = 4, 2
     config, steps = small(num_ranks), Steps(seed=1, between=_late_to_the_step)
-    with Ranks(num_ranks, config, steps, guards_off) as ranks:
-        ranks.wait_ready()
-        ranks.wait_begun(8, *range(num_ranks))
-        ranks.kill(victim)
-        ranks.wait_gone(victim)
-        gone = begun_of(ranks, [victim])
-        ranks.replace(victim)
-        ranks.hear_all([victim], "ready")
-        ranks.end_after(8)
-        reports = ranks.reports()
+    reports, gone = replace_one(num_ranks, victim, config, steps, guards_off)
     return came_at_step_starts(reports) + judge_lives(reports, steps, config, gone)
 
 
@@ -162,16 +169,7 @@ def one_rank_marks_few_steps(guards_off: Iterable[str] = ()) -> Wrong:
     num_ranks, victim = 4, 2
     config, steps = small(num_ranks, join_hold_ms=60_000), UnevenSteps(seed=1)
     try:
-        with Ranks(num_ranks, config, steps, guards_off) as ranks:
-            ranks.wait_ready()
-            ranks.wait_begun(8, *range(num_ranks))
-            ranks.kill(victim)
-            ranks.wait_gone(victim)
-            gone = begun_of(ranks, [victim])
-            ranks.replace(victim)
-            ranks.hear(victim, timeout_s=6.0)
-            ranks.end_after(8)
-            reports = ranks.reports()
+        reports, gone = replace_one(num_ranks, victim, config, steps, guards_off, ready_s=6.0)
     except TimeoutError:
         return ["a rank holds for ever"]
     return judge_lives(reports, steps, config, gone) + all_in(reports, range(num_ranks))
