@@ -108,7 +108,7 @@ class MembershipThread:
         self._log = GroupLog(endpoint, rank)
         self._callbacks = callbacks  # the buffer's: it outlives this thread when the rank comes back
         # To a newcomer the view that let it in is news; founders have constructed theirs.
-        self._told_epoch = endpoint.current()["epoch"] - int(joined)
+        self._told_epoch = endpoint.views()[0][0]["epoch"] - int(joined)
         self._ending = threading.Event()
         self._pause_s = self.MIN_PAUSE_S
         self.last_error: Exception | None = None
@@ -121,14 +121,14 @@ class MembershipThread:
             self._thread.join(timeout=2 * self.POLL_MS / 1000)  # at once, unless a callback is at work
 
     def _run(self) -> None:
-        while not self._ending.is_set():
-            proposal = self._endpoint.next_proposal(self.POLL_MS)
-            # The core does not wait any more once it leaves: to ask it again would be a busy loop.
-            if self._ending.is_set() or self._endpoint.is_leaving():
-                return
-            if proposal is not None:
-                self._decide(proposal)
+        # The core does not wait any more once it leaves: to ask it again would be a busy loop.
+        while not (self._ending.is_set() or self._endpoint.is_leaving()):
             self._tell()
+            proposal = self._endpoint.next_proposal(self.POLL_MS)
+            if proposal is not None and not self._ending.is_set():
+                self._decide(proposal)
+        # What came last is told too: a view, or the end of this life, may have come in the last wait.
+        self._tell()
 
     def _decide(self, proposal: dict[str, Any]) -> None:
         assert self._arbiter is not None, "the core hands out proposals only when it was told of an arbiter"

@@ -22,7 +22,7 @@ from fault_a2a.buffer import Buffer
 from fault_a2a.config import Config
 from fault_a2a.errors import ClosedError, ConstructError
 from fault_a2a.group import Group
-from fault_a2a.membership import View
+from fault_a2a.membership import MembershipThread, View
 from fault_a2a.placement import Placement
 from fault_a2a.testing.virtual import LocalFabric, VirtualRanks, run_threads
 from tests.rig import Checker, Tally, Work
@@ -128,6 +128,39 @@ def test_close_waits_for_no_period_of_a_thread() -> None:
         assert core.next_proposal(60_000) is None
         assert core.is_leaving()
         assert time.monotonic() - began < SOON_S
+
+
+class EndpointThatEnds:
+    """A view is installed, and the life is over, in one wait of the thread that tells of views."""
+
+    def __init__(self) -> None:
+        self._views = [self._view(4, [0, 1])]
+        self._is_over = False
+
+    def _view(self, epoch: int, active: list[int]) -> tuple[dict[str, Any], int]:
+        return {"epoch": epoch, "active": active, "incarnations": [0, 1], "first_round": epoch, "reason": ""}, 0
+
+    def views(self) -> list[tuple[dict[str, Any], int]]:
+        return self._views
+
+    def evidence(self) -> list[tuple[int, str, int]]:
+        return []
+
+    def is_leaving(self) -> bool:
+        return self._is_over
+
+    def next_proposal(self, _: int) -> None:
+        self._views.append(self._view(5, [0]))
+        self._is_over = True
+
+
+@pytest.mark.parametrize("joined, expected", [(True, [4, 5]), (False, [5])])
+def test_callbacks_hear_of_every_view_of_a_life_that_ends_at_once(joined: bool, expected: list[int]) -> None:
+    """Guard: the last telling of the thread, after its loop. An evicted rank that comes back at once gave up its life
+    within the thread's last wait, and heard neither of the view that let it in nor of its eviction."""
+    heard: list[View] = []
+    MembershipThread(EndpointThatEnds(), None, 1, [heard.append], joined)._thread.join(SOON_S)
+    assert [view.epoch for view in heard] == expected
 
 
 def test_leaving_the_with_block_closes() -> None:
