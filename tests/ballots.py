@@ -40,7 +40,7 @@ PROGRAMS = {
     "simulate": Program(
         (
             *("tests/simulator/*.cpp", "csrc/host/hooks.cpp", "csrc/membership/*.cpp", "csrc/bindings/endpoint*.cpp"),
-            *("csrc/transport/faulty.cpp", "csrc/transport/local.cpp", "csrc/transport/partition.cpp"),
+            *(f"csrc/transport/{name}.cpp" for name in ("faulty", "local", "partition", "shm")),
             *(f"kernels/cpu/{name}.cpp" for name in ("combine", "dispatch", "expand", "machine", "quantize", "reduce")),
             *("kernels/cpu/stream.cpp", "kernels/cpu/collect*.cpp"),
             "kernels/cuda/twin/*.cpp",  # never run here: an endpoint can have either kernels

@@ -21,7 +21,10 @@ RECORD = ROOT / "benchmarks" / "results" / "simulation.jsonl"
 MEASURED = ROOT / "docs" / "measured.md"
 BEGIN, END = "<!-- simulate: begin -->", "<!-- simulate: end -->"
 CHUNK_S = 20.0
-SUMS = ("schedules", "steps", "stores", "views", "faults", "delivered", "lost", "simulated_s", "ms")
+SUMS = (
+    *("schedules", "steps", "stores", "views", "faults", "delivered", "lost", "joined", "retired"),
+    *("simulated_s", "ms"),
+)
 
 
 def mixes() -> list[str]:
@@ -47,16 +50,17 @@ def run_chunk(mix: str, seed: int, seconds: float) -> dict[str, Any] | None:
 
 def table(rows: list[dict[str, Any]]) -> str:
     lines = [
-        "| mix | schedules | ms each | simulated s | stores landed | faults | views | delivered | lost | commits |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| mix | schedules | ms each | simulated s | stores landed | faults | views | lives begun | planned leaves "
+        "| delivered | lost | commits |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for mix in [*mixes(), "all"]:
         mine = [row for row in rows if mix in ("all", row["mix"])]
-        total = {key: sum(row[key] for row in mine) for key in SUMS}
+        total = {key: sum(row.get(key, 0) for row in mine) for key in SUMS}
         each = total["ms"] / total["schedules"] if total["schedules"] else 0.0
         commits = ", ".join(dict.fromkeys(row["commit"] for row in mine))
         cells = [f"{total['schedules']:,}", f"{each:.2f}", f"{total['simulated_s']:,.0f}"]
-        cells += [f"{total[key]:,}" for key in ("stores", "faults", "views", "delivered", "lost")]
+        cells += [f"{total[key]:,}" for key in ("stores", "faults", "views", "joined", "retired", "delivered", "lost")]
         lines.append(f"| {mix} | {' | '.join(cells)} | {commits} |")
     return "\n".join(lines)
 

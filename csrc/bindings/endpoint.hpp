@@ -106,6 +106,7 @@ class Endpoint : private Doors {
   void fill_window(const View& members, u64 first_round, u64 first_collective) noexcept override;
   bool prepare_for(const Newcomer& newcomer);
   void fill_for(const Newcomer& newcomer);
+  bool is_reached() const;
   bool reach(i32 owner, i32 partition);
   Status wait_out_hold();
 

@@ -67,6 +67,9 @@ bool Endpoint::reach(i32 owner, i32 partition) {
   // The number may be another file's by now; only what was put aside for me says so.
   const auto* header = reinterpret_cast<const PartitionHeader*>(fabric_->outbound(owner) + context_.at.header);
   if (header->magic != kPartitionMagic || header->incarnation != me || header->owner != owner) return false;
+  // The first word of mine there: by it the owner knows that it is this memory that I have mapped, and not what it put
+  // aside for me before.
+  store_release(Context::word(fabric_->outbound(owner), context_.at.progress), pack_progress(0, Phase::idle, 1));
   reached_[at] = key;
   return true;
 }
@@ -139,8 +142,10 @@ void Endpoint::fill_for(const Newcomer& newcomer) {
 }
 
 // No round is open: whatever still stores into the old memory is not of a round that anybody here will read, and what
-// this rank stores for that rank from now on goes to the newcomer.
+// this rank stores for that rank from now on goes to the newcomer. So no round may be left to run under the view
+// before, in which the former life is a member and still gets its words: they would land in the newcomer's window.
 bool Endpoint::prepare_for(const Newcomer& newcomer) {
+  if (context_.next_round < newcomer.members.first_round && guarded(guard_old_rounds_first)) return false;
   const i32 partition = partition_for_newcomer(newcomer.members, newcomer.rank, num_partitions(config_.shape));
   if (prepared_for_ == newcomer.incarnation && prepared_partition_ == partition) return true;
   const u64 mine = newcomer.members.partitions[config_.rank];
@@ -155,6 +160,13 @@ bool Endpoint::prepare_for(const Newcomer& newcomer) {
           Offer{newcomer.incarnation, static_cast<u64>(partition), static_cast<u64>(fd)});
   ring_pulse(fabric_->page(newcomer.rank));
   return true;
+}
+
+// Does the newcomer store into what is put aside for it now? It may have said that it reaches everybody, and then
+// another newcomer's turn came, and its own again, with other memory. Fresh memory is zero until its writer stores.
+bool Endpoint::is_reached() const {
+  const u64 progress = load_acquire(Context::word(fabric_->inbound(prepared_partition_), context_.at.progress));
+  return progress != 0 || !guarded(guard_mapped_place);
 }
 
 // Ends when the pulse says so, when somebody is past this step start and so will not come to it, or when it lasts too
@@ -198,7 +210,7 @@ Status Endpoint::begin_step(bool& left_out) {
     const bool is_prepared = newcomer && prepare_for(*newcomer);
     const StepChange change = pulse_->ready_change();
     const bool is_join = change.kind == ChangeKind::join;
-    const bool is_for_newcomer = is_prepared && change.incarnation == prepared_for_;
+    const bool is_for_newcomer = is_prepared && change.incarnation == prepared_for_ && is_reached();
     if (is_join && is_for_newcomer) fill_for(*newcomer);
     if (change.kind == ChangeKind::leave || is_for_newcomer)
       holds = pulse_->hold({0, context_.next_round, context_.next_collective, change});

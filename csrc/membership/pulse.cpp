@@ -90,7 +90,7 @@ void Pulse::look(i64 now) {
     if (rank == options_.agreement.rank || proven_dead_.has(rank)) continue;
     if (!newest_view(state_.ring).active.has(rank)) continue;
     const Evidence found = look_at(rank);
-    if (found == Evidence::left && has_left_as_decided(rank)) continue;
+    if (found == Evidence::left && has_left_as_decided(rank) && guarded(guard_decided_leave)) continue;
     accuse(rank, found);
   }
 }
@@ -229,6 +229,9 @@ void Pulse::install(const Decision& decision, i64 now) {
   // After the decision: who finds a record of the new epoch must find on the same page what closed the old one.
   publish(own().acceptor, agreement_.record());
   detector_.new_view();
+  // What stood at step starts stood so in the view before, and this thread may sleep before it looks again: a caller
+  // that comes to its next step start meanwhile would fill anew the partition of the very rank that has just come in.
+  if (guarded(guard_newcomer_once)) forget_changes();
   if (hold_state() == HoldState::committed) hold_state_.store(static_cast<u32>(HoldState::none));
   proposal_.reset();
   awaited_promises_ = RankSet();

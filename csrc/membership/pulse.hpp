@@ -131,6 +131,7 @@ class Pulse {
   bool is_willing(i32 rank, i64 now);
   StepChange change_of(i32 rank, i64 now);
   void update_hold();
+  void forget_changes();
   bool commit_hold(const StepChange& change);
   void join_turn(i64 now);
   const Decision* newest_decision();

@@ -93,6 +93,13 @@ void Pulse::look_for_changes(i64 now) {
   update_hold();
 }
 
+// With the mutex held.
+void Pulse::forget_changes() {
+  newcomer_.reset();
+  ready_change_ = StepChange();
+  change_waits_.store(false);
+}
+
 std::optional<Newcomer> Pulse::newcomer() const {
   std::lock_guard<std::mutex> lock(mutex_);
   return newcomer_;

@@ -43,6 +43,10 @@ namespace fa2a {
   X(step_start)           /* a newcomer comes in where every member holds at one step start    */ \
   X(hold_bound)           /* nobody holds longer than join_hold_ms, or behind one who has gone */ \
   X(visitor_kept)         /* the page of a life that may be in the next view is not replaced   */ \
+  X(old_rounds_first)     /* no round of a former view is run once its newcomer has a place    */ \
+  X(mapped_place)         /* nobody holds for one that has not mapped what is kept for it now  */ \
+  X(newcomer_once)        /* whoever has come in is no newcomer at the next step start         */ \
+  X(decided_leave)        /* a rank that left as was decided is not accused of it              */ \
   X(frozen_set)           /* what a rank has in a collective is not taken anew in a later view */ \
   X(say_epoch)            /* sets of two epochs are not counted together                       */ \
   X(all_say)              /* nobody returns before all members have said the same set          */

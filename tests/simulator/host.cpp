@@ -10,7 +10,7 @@
 #include "host/death_word.hpp"
 #include "host/futex.hpp"
 #include "host/process.hpp"
-#include "tests/simulator/memory.hpp"
+#include "tests/simulator/files.hpp"
 #include "tests/simulator/scheduler.hpp"
 
 namespace fa2a {
@@ -28,14 +28,14 @@ void futex_wait(const u32* word, u32 expected, i64 timeout_ns) noexcept {
   futex_wait_any(&pair, 1, timeout_ns);
 }
 
-void futex_wake(const u32* word, i32) noexcept { scheduler->wake(word); }
+void futex_wake(const u32* word, i32) noexcept { scheduler->wake(sim::files.one_address_of(word)); }
 
 // A look at the words and falling asleep are one, as with the real one.
 bool futex_wait_any(const FutexPair* pairs, i32 num_pairs, i64 timeout_ns) noexcept {
   const u32* words[kMaxFutexPairs];
   for (i32 i = 0; i < num_pairs; ++i) {
     if (*pairs[i].word != pairs[i].expected) return scheduler->touch(), true;
-    words[i] = pairs[i].word;
+    words[i] = sim::files.one_address_of(pairs[i].word);
   }
   // Not for ever: ranks that end are not rung for.
   const i64 timeout = std::clamp<i64>(timeout_ns, 1, 1000 * sim::kMs);
@@ -43,9 +43,9 @@ bool futex_wait_any(const FutexPair* pairs, i32 num_pairs, i64 timeout_ns) noexc
   return true;
 }
 
-// Who holds it is known by whose strand this is; the world marks the word when that rank is gone.
+// Who holds it is known by whose strand this is; the world marks the word when that life is gone.
 bool DeathWordHolder::hold(u32* word) noexcept {
-  *word = static_cast<u32>(scheduler->running()->rank) + 1;
+  *word = static_cast<u32>(scheduler->running_life()) + 1;
   word_ = word;
   return true;
 }
@@ -62,7 +62,7 @@ ProcessWatch::~ProcessWatch() {}
 ProcessWatch& ProcessWatch::operator=(ProcessWatch&&) noexcept { return *this; }
 bool ProcessWatch::has_exited() const noexcept { return false; }
 
-i32 process_id() noexcept { return 1; }
+i32 process_id() noexcept { return sim::process_of(scheduler->running_life()); }
 void block_all_signals() noexcept {}
 void name_thread(const char*) noexcept {}
 void prefer_low_latency() noexcept {}
@@ -74,8 +74,9 @@ void signal_self(i32) noexcept {}
 extern "C" {
 
 int pthread_create(pthread_t* thread, const pthread_attr_t*, void* (*body)(void*), void* argument) {
-  fa2a::sim::scheduler->spawn(body, argument, fa2a::sim::rank_in_construction, /*is_pulse=*/true);
-  *thread = fa2a::sim::scheduler->num_strands();  // not 0, which is nobody
+  auto* scheduler = fa2a::sim::scheduler;
+  scheduler->spawn(body, argument, scheduler->running_life(), /*is_pulse=*/true);
+  *thread = scheduler->num_strands();  // not 0, which is nobody
   return 0;
 }
 

@@ -104,14 +104,17 @@ int main(int num_arguments, char** arguments) {
     if (!report.wrong.empty()) return tell(options, seed, schedule, report), 3;
     sum.num_steps += report.num_steps, sum.num_stores += report.num_stores, sum.num_views += report.num_views;
     sum.num_lost += report.num_lost, sum.num_delivered += report.num_delivered, sum.num_faults += report.num_faults;
+    sum.num_joined += report.num_joined, sum.num_retired += report.num_retired;
     sum.simulated_ns += report.simulated_ns;
   }
   const double ms = 1e3 * (wall_s() - begun);
   printf(
       "{\"mix\": \"%s\", \"first_seed\": %llu, \"schedules\": %llu, \"steps\": %llu, \"stores\": %llu, \"views\": "
       "%llu, "
-      "\"faults\": %llu, \"delivered\": %llu, \"lost\": %llu, \"simulated_s\": %.3f, \"ms\": %.1f}\n",
+      "\"faults\": %llu, \"delivered\": %llu, \"lost\": %llu, \"joined\": %llu, \"retired\": %llu, \"simulated_s\": "
+      "%.3f, \"ms\": %.1f}\n",
       options.mix.c_str(), options.seed, num_run, sum.num_steps, sum.num_stores, sum.num_views, sum.num_faults,
-      sum.num_delivered, sum.num_lost, 1e-9 * static_cast<double>(sum.simulated_ns), ms);
+      sum.num_delivered, sum.num_lost, sum.num_joined, sum.num_retired, 1e-9 * static_cast<double>(sum.simulated_ns),
+      ms);
   return 0;
 }

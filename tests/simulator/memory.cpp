@@ -2,54 +2,28 @@
 #include "tests/simulator/memory.hpp"
 
 #include <string.h>
-#include <sys/mman.h>
 
 #include <algorithm>
-#include <stdexcept>
 
 #include "host/copy.hpp"
 #include "protocol/control_page.hpp"
 #include "protocol/memory.hpp"
-#include "transport/fabric.hpp"
+#include "tests/simulator/files.hpp"
 
 namespace fa2a::sim {
 
-Arena arena;
 Links* links = nullptr;
 SickWatcher sick_watcher;
 
-namespace {
-constexpr u64 kArenaBytes = 64ull << 20;
-}
-
-u8* Arena::take(u64 num_bytes) {
-  if (base_ == nullptr)
-    base_ = static_cast<u8*>(mmap(nullptr, kArenaBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
-  u8* at = base_ + used_;
-  used_ += round_up(num_bytes, 4096);
-  if (used_ > kArenaBytes) throw std::runtime_error("the arena is too small for this shape");
-  return at;
-}
-
-void Arena::reset() {
-  if (base_ != nullptr) memset(base_, 0, used_);
-  used_ = 0;
-}
-
-void Links::owns(u8* partition, u64 num_bytes, i32 owner, i32 writer, u64 progress_offset) {
-  const u64 first = arena.page_of(partition), last = arena.page_of(partition + num_bytes - 1);
-  if (places_.size() <= last) places_.resize(last + 1);
-  for (u64 page = first; page <= last; ++page) places_[page] = {owner, writer, partition + progress_offset};
-}
-
+// Control pages are read and stored by another path, at once; so is what a life has for itself.
 bool Links::take(void* to, const void* from, u64 num_bytes, bool is_word) {
   const Strand* self = scheduler->running();
-  if (self == nullptr || scheduler->over || !arena.has(to)) return false;
-  const u64 page = arena.page_of(to);
-  if (page >= places_.size() || places_[page].owner < 0 || places_[page].owner == self->rank) return false;
-  const Place& place = places_[page];
-  if (place.writer != self->rank) wrong = "a rank stores into a partition that belongs to another writer";
-  Link& link = this->link(self->rank, place.owner);
+  if (self == nullptr || scheduler->over) return false;
+  auto* place = files.one_address_of(static_cast<u8*>(to));
+  const i32 object = files.object_at(place);
+  if (object < 0 || files.object(object).creator == self->life) return false;
+  if (*reinterpret_cast<const u64*>(files.begin_of(object)) == kControlMagic) return false;
+  Link& link = this->link(self->life, files.object(object).creator);
   const i64 now = scheduler->now();
   if (now >= link.loses_from) return true;
   Dice& dice = scheduler->dice;
@@ -60,7 +34,7 @@ bool Links::take(void* to, const void* from, u64 num_bytes, bool is_word) {
     UnderWay store;
     store.at = delays_.reorders && !is_word ? now + dice.heavy(delays_.most_ns) : whole_at;
     if (is_word || !delays_.reorders) store.at = std::max(store.at, link.newest_at);
-    store.to = static_cast<u8*>(to) + done;
+    store.to = place + done;
     store.num_bytes = std::min(piece, num_bytes - done);
     memcpy(store.bytes, bytes + done, store.num_bytes);
     if (link.corrupts && !is_word)
@@ -92,6 +66,16 @@ i64 Links::next_at() const {
   return at;
 }
 
+// A partition is one incarnation's. Whoever else stores into it lands in somebody's payload (P8), sooner or later: the
+// rows of a life that was stopped in the midst of one, and replaced.
+void Links::check_writer(const Link& link, i32 writer, const u8* to) {
+  const u8* begin = files.begin_of(files.object_at(to));
+  const u64 partition = static_cast<u64>(to - begin) / at_.num_bytes * at_.num_bytes;
+  const auto* header = reinterpret_cast<const PartitionHeader*>(begin + partition + at_.header);
+  if (header->incarnation != incarnations_[static_cast<size_t>(writer)] && !link.corrupts)
+    wrong = "a store lands in a partition that belongs to another life";
+}
+
 i32 Links::land() {
   const i64 at = next_at();
   for (size_t i = 0; i < links_.size(); ++i) {
@@ -99,8 +83,10 @@ i32 Links::land() {
     if (link.next == link.stores.size() || link.stores[link.next].at != at) continue;
     const UnderWay& store = link.stores[link.next++];
     ++num_landed;
+    check_writer(link, static_cast<i32>(i) / n_, store.to);
     memcpy(store.to, store.bytes, store.num_bytes);
-    const bool rings = store.is_word && store.to != places_[arena.page_of(store.to)].progress;
+    const u64 from_begin = static_cast<u64>(store.to - files.begin_of(files.object_at(store.to)));
+    const bool rings = store.is_word && from_begin % at_.num_bytes != at_.progress;
     return rings ? static_cast<i32>(i) % n_ : -1;
   }
   return -1;
@@ -167,23 +153,5 @@ void copy_row(u8* to, const u8* from, u64 num_bytes) {
 
 void stream_row(u8* to, const u8* from, u64 num_bytes) { copy_row(to, from, num_bytes); }
 void finish_copies() {}
-
-SharedMemory::~SharedMemory() = default;
-SharedMemory::SharedMemory(SharedMemory&& other) noexcept : data_(other.data_), num_bytes_(other.num_bytes_) {}
-SharedMemory& SharedMemory::operator=(SharedMemory&& other) noexcept {
-  data_ = other.data_;
-  num_bytes_ = other.num_bytes_;
-  return *this;
-}
-// There is one process here, and nobody joins yet: no fabric between processes, no memory that is handed over.
-std::unique_ptr<SharedFabric> make_shared_fabric(const Shape&, const std::string&, i32, i32) { return nullptr; }
-std::unique_ptr<NewcomerFabric> make_newcomer_fabric(const Shape&, i32) { return nullptr; }
-OpenFile::~OpenFile() = default;
-OpenFile& OpenFile::operator=(OpenFile&&) noexcept { return *this; }
-OpenFile OpenFile::of_process(i32, i32) noexcept { return OpenFile(); }
-OpenFile OpenFile::fresh_memory(u64) noexcept { return OpenFile(); }
-u64 OpenFile::num_bytes() const noexcept { return 0; }
-bool map_over(u8*, u64, const OpenFile&, u64) noexcept { return false; }
-SharedMemory SharedMemory::anonymous(u64 num_bytes) { return SharedMemory(sim::arena.take(num_bytes), num_bytes); }
 
 }  // namespace fa2a

@@ -1,27 +1,13 @@
-// Memory that ranks share, and the stores into a peer's window that are still under way.
+// The stores into a peer's window that are still under way, and where each of them lands.
 #pragma once
 
 #include <vector>
 
-#include "host/shared_memory.hpp"
 #include "protocol/control_page.hpp"
+#include "protocol/layout.hpp"
 #include "tests/simulator/scheduler.hpp"
 
 namespace fa2a::sim {
-
-// Pages and partitions of one schedule, one after the other, zeroed between two schedules.
-class Arena {
- public:
-  u8* take(u64 num_bytes);
-  void reset();
-  bool has(const void* at) const { return at >= base_ && at < base_ + used_; }
-  u64 page_of(const void* at) const { return static_cast<u64>(static_cast<const u8*>(at) - base_) / 4096; }
-
- private:
-  u8* base_ = nullptr;
-  u64 used_ = 0;
-};
-extern Arena arena;
 
 struct Delays {
   i64 most_ns = 0;        // of a store that is under way
@@ -37,7 +23,7 @@ struct UnderWay {
   bool is_word = false;
 };
 
-// The way from one rank into one other's window. A word comes after everything that was stored before it, as transports
+// The way from one life into one other's window. A word comes after everything that was stored before it, as transports
 // promise; rows are bound by nothing else, except that one place takes them in their order.
 struct Link {
   std::vector<UnderWay> stores;  // by time
@@ -49,14 +35,19 @@ struct Link {
 
 class Links {
  public:
-  explicit Links(i32 num_ranks, const Delays& delays)
-      : n_(num_ranks), links_(static_cast<size_t>(num_ranks) * static_cast<size_t>(num_ranks)), delays_(delays) {}
+  Links(i32 num_lives, const Delays& delays, const Shape& shape)
+      : n_(num_lives),
+        links_(static_cast<size_t>(num_lives) * static_cast<size_t>(num_lives)),
+        incarnations_(static_cast<size_t>(num_lives), 0),
+        delays_(delays),
+        at_(partition_layout(shape)) {}
 
-  void owns(u8* partition, u64 num_bytes, i32 owner, i32 writer, u64 progress_offset);
+  void is_called(i32 life, u64 incarnation) { incarnations_[static_cast<size_t>(life)] = incarnation; }
   // True: it is a store of the running strand into a peer's window, and is under way now.
   bool take(void* to, const void* from, u64 num_bytes, bool is_word);
   i64 next_at() const;
-  // Lands the next store. Returns whose doorbell to ring, or -1: nobody is rung for rows, nor for a peer's progress.
+  // Lands the next store. Returns the life whose doorbell to ring, or -1: nobody is rung for rows, nor for a peer's
+  // progress.
   i32 land();
   Link& link(i32 writer, i32 owner) { return links_[static_cast<size_t>(writer * n_ + owner)]; }
   // A writer is gone: what it has under way lands late, or is lost from some point on.
@@ -66,15 +57,13 @@ class Links {
 
  private:
   void add(Link& link, UnderWay store);
+  void check_writer(const Link& link, i32 writer, const u8* to);
 
   i32 n_;
   std::vector<Link> links_;
-  struct Place {
-    i32 owner = -1, writer = -1;  // -1: no partition
-    const u8* progress = nullptr;
-  };
-  std::vector<Place> places_;  // by page of the arena
+  std::vector<u64> incarnations_;
   Delays delays_;
+  PartitionLayout at_;
 };
 extern Links* links;
 

@@ -145,6 +145,106 @@ void everything(Schedule& s, Dice& dice) {
   s.must_finish = false;
 }
 
+// Ranks mark step starts, at which alone lives begin.
+void mark_steps(Schedule& s, Dice& dice) {
+  s.num_ranks = std::max(s.num_ranks, 3);
+  s.rounds_per_step = 1 + static_cast<i32>(dice.below(3));
+  s.num_rounds = 4 + static_cast<i32>(dice.below(8));
+  s.num_spare_partitions = static_cast<i32>(dice.below(2));
+  s.most_late_ns = 40 * kMs;
+}
+
+// `delay_ns` after the fault before it, or after the schedule begins if there is none.
+Fault& add_after(Schedule& s, FaultKind kind, i32 rank, i64 delay_ns) {
+  Fault fault;
+  fault.kind = kind;
+  fault.rank = fault.other = rank;
+  fault.after = static_cast<i32>(s.faults.size()) - 1;
+  fault.delay_ns = delay_ns;
+  s.faults.push_back(fault);
+  return s.faults.back();
+}
+
+// Ranks that the group has room for come in, some at once. Nothing keeps them out.
+void growth(Schedule& s, Dice& dice) {
+  mark_steps(s, dice);
+  s.all_come_in = true;
+  s.num_founders = 1 + static_cast<i32>(dice.below(static_cast<u64>(s.num_ranks - 1)));
+  for (i32 rank = s.num_founders; rank < s.num_ranks; ++rank)
+    add_after(s, FaultKind::join, rank, dice.heavy(6 * kMs)).after = -1;
+  if (!dice.one_in(3)) return;
+  // Somebody dies meanwhile, a newcomer perhaps: then not everybody comes in.
+  s.all_come_in = false;
+  add_after(s, FaultKind::crash, some_rank(s, dice), dice.heavy(8 * kMs));
+}
+
+// Members leave as planned while others hiccup. Nobody loses a choice over it.
+void planned_leaves(Schedule& s, Dice& dice) {
+  mark_steps(s, dice);
+  for (i32 rank : some_ranks(s, dice, 1 + static_cast<i32>(dice.below(2)))) {
+    add(s, dice, FaultKind::retire, rank).after = -1;
+    if (dice.one_in(3)) add_after(s, FaultKind::rejoin, rank, dice.heavy(4 * kMs));
+  }
+  if (dice.one_in(2))
+    add(s, dice, FaultKind::sleep, some_rank(s, dice)).duration_ns = dice.between(kMs, kSilenceMs * kMs / 4 - kMs);
+}
+
+// Ranks die and are replaced; newcomers die, fall silent or stand still on their way in, and others come after them.
+void joins(Schedule& s, Dice& dice) {
+  mark_steps(s, dice);
+  s.must_finish = false;
+  for (i32 rank : some_ranks(s, dice, 1 + static_cast<i32>(dice.below(2)))) {
+    const bool wakes = dice.one_in(4);
+    Fault& end = add(s, dice, wakes ? FaultKind::stop : dice.one_in(4) ? FaultKind::vanish : FaultKind::crash, rank);
+    if (wakes) end.duration_ns = dice.between(kSilenceMs * kMs, 4 * kSilenceMs * kMs);
+    add_after(s, wakes ? FaultKind::rejoin : FaultKind::join, rank, dice.heavy(8 * kMs));
+    if (!dice.one_in(2)) continue;
+    const FaultKind second[] = {FaultKind::crash, FaultKind::vanish, FaultKind::stop, FaultKind::sleep};
+    Fault& again = add_after(s, second[dice.below(4)], rank, dice.heavy(12 * kMs));
+    again.duration_ns = dice.between(kMs, 40 * kMs);
+    if (again.kind == FaultKind::crash || again.kind == FaultKind::vanish)
+      add_after(s, FaultKind::join, rank, dice.one_in(2) ? dice.heavy(kMs) : dice.heavy(20 * kMs));
+  }
+  if (dice.one_in(3)) add(s, dice, FaultKind::crash, some_rank(s, dice));
+}
+
+// Several are on their way in at once, and some die there: the place that is put aside goes from one to the other and
+// back, and a second newcomer knocks for a rank whose first one may be in the next view already.
+void rival_newcomers(Schedule& s, Dice& dice) {
+  mark_steps(s, dice);
+  s.rounds_per_step = 1;
+  s.most_compute_ns = 3 * kMs;
+  s.num_founders = 1 + static_cast<i32>(dice.below(static_cast<u64>(s.num_ranks - 2)));
+  for (i32 rank = s.num_founders; rank < s.num_ranks; ++rank) {
+    // The highest comes first and must wait for the next step start; the others may be before it in line by then.
+    const bool is_first = rank == s.num_ranks - 1;
+    add_after(s, FaultKind::join, rank, is_first ? dice.heavy(kMs) : dice.between(kMs / 2, 5 * kMs)).after = -1;
+    if (is_first || dice.one_in(3)) continue;
+    Fault& crash = add_after(s, FaultKind::crash, rank, dice.between(kMs, 5 * kMs));
+    crash.once_promised = dice.one_in(2);
+    if (crash.once_promised) crash.after = -1;
+    const auto died = static_cast<i32>(s.faults.size()) - 1;
+    if (dice.one_in(2)) add_after(s, FaultKind::join, rank, dice.heavy(300 * kUs));
+    // Who would propose is late, so that the decision is under way for long.
+    Fault& slow = add_after(s, FaultKind::sleep, 0, dice.heavy(100 * kUs));
+    slow.after = died;
+    slow.duration_ns = dice.between(kMs, kSilenceMs * kMs / 4);
+  }
+}
+
+// An old life that is stopped in mid-row, or dies with rows under way, and stores on while its replacement sends.
+void zombies(Schedule& s, Dice& dice) {
+  mark_steps(s, dice);
+  s.must_finish = false;
+  const i32 rank = some_rank(s, dice);
+  const bool wakes = !dice.one_in(4);
+  Fault& stop = add(s, dice, wakes ? FaultKind::stop : FaultKind::crash, rank);
+  stop.round = static_cast<i32>(dice.below(3));
+  stop.duration_ns = dice.between(2 * kSilenceMs * kMs, 6 * kSilenceMs * kMs);
+  add_after(s, FaultKind::join, rank, dice.heavy(20 * kMs));
+  if (dice.one_in(3)) add_after(s, FaultKind::stop, rank, dice.between(20 * kMs, 60 * kMs)).duration_ns = 40 * kMs;
+}
+
 const std::vector<std::pair<std::string, Make>>& mixes() {
   static const std::vector<std::pair<std::string, Make>> all = {
       {"delays", [](Schedule& s, Dice&) { s.delays = {3 * kMs, true}; }},
@@ -161,15 +261,20 @@ const std::vector<std::pair<std::string, Make>>& mixes() {
       {"false_accuser", false_accuser},
       {"liars", liars},
       {"foreign", foreign},
-      {"everything", everything}};
+      {"everything", everything},
+      {"growth", growth},
+      {"planned_leaves", planned_leaves},
+      {"joins", joins},
+      {"rival_newcomers", rival_newcomers},
+      {"zombies", zombies}};
   return all;
 }
 
 }  // namespace
 
 const char* name_of(FaultKind kind) {
-  constexpr const char* kNames[] = {"crash", "vanish", "leave", "stop",   "hang", "sleep",
-                                    "part",  "cut",    "lose",  "accuse", "lie",  "foreign"};
+  constexpr const char* kNames[] = {"crash", "vanish", "leave", "stop",    "hang", "sleep",  "part",  "cut",
+                                    "lose",  "accuse", "lie",   "foreign", "join", "rejoin", "retire"};
   return kNames[static_cast<size_t>(kind)];
 }
 
@@ -189,6 +294,7 @@ Schedule make_schedule(const std::string& mix, u64 seed) {
   Dice dice(seed * 0x9e3779b97f4a7c15ull);
   constexpr i32 kSizes[] = {2, 3, 3, 3, 4, 4, 5, 6};
   s.num_ranks = kSizes[dice.below(8)];
+  s.num_founders = 0;
   s.num_rounds = 3 + static_cast<i32>(dice.below(6));
   s.num_tokens = 1 + static_cast<i32>(dice.below(4));
   s.num_chunk_tokens = dice.one_in(2) ? s.num_tokens : 1 + static_cast<i32>(dice.below(static_cast<u64>(s.num_tokens)));
@@ -202,7 +308,14 @@ Schedule make_schedule(const std::string& mix, u64 seed) {
   s.clock_skew_ns = dice.one_in(2) ? 0 : 900 * kMs;
   for (const auto& one : mixes())
     if (one.first == mix) one.second(s, dice);
+  if (s.num_founders == 0) s.num_founders = s.num_ranks;
   return s;
+}
+
+i32 Schedule::num_lives() const {
+  i32 number = num_founders;
+  for (const Fault& fault : faults) number += fault.is_of_world() ? 1 : 0;
+  return number;
 }
 
 std::string describe(const Schedule& s) {
@@ -210,12 +323,19 @@ std::string describe(const Schedule& s) {
                      " ranks, " + std::to_string(s.num_rounds) + " rounds of up to " + std::to_string(s.num_tokens) +
                      " tokens in chunks of " + std::to_string(s.num_chunk_tokens) + (s.two_open ? ", two open" : "") +
                      ", stores take up to " + std::to_string(s.delays.most_ns / kUs) + " us" +
-                     (s.delays.reorders ? " in any order" : "") + "\n";
+                     (s.delays.reorders ? " in any order" : "");
+  if (s.rounds_per_step > 0) text += ", steps of " + std::to_string(s.rounds_per_step);
+  if (s.num_founders < s.num_ranks) text += ", " + std::to_string(s.num_founders) + " of them from the start";
+  text += "\n";
   for (size_t i = 0; i < s.faults.size(); ++i) {
     const Fault& fault = s.faults[i];
     text += "  fault " + std::to_string(i) + ": " + name_of(fault.kind) + " rank " + std::to_string(fault.rank);
     if (fault.other != fault.rank) text += " and rank " + std::to_string(fault.other);
-    if (fault.after >= 0)
+    if (fault.once_promised && fault.after < 0)
+      text += " once somebody has promised for it";
+    else if (fault.is_of_world() && fault.after < 0)
+      text += ", " + std::to_string(fault.delay_ns / kUs) + " us after the beginning";
+    else if (fault.after >= 0)
       text += ", " + std::to_string(fault.delay_ns / kUs) + " us after fault " + std::to_string(fault.after);
     else
       text += " in round " + std::to_string(fault.round) + " at access " + std::to_string(fault.accesses);

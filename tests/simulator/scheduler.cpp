@@ -6,13 +6,12 @@
 namespace fa2a::sim {
 
 Scheduler* scheduler = nullptr;
-i32 rank_in_construction = 0;
 
-Strand& Scheduler::spawn(Fibre::Body body, void* argument, i32 rank, bool is_pulse) {
+Strand& Scheduler::spawn(Fibre::Body body, void* argument, i32 life, bool is_pulse) {
   strands_.push_back(std::make_unique<Strand>());
   Strand& strand = *strands_.back();
   strand.fibre = std::make_unique<Fibre>(body, argument);
-  strand.rank = rank;
+  strand.life = life;
   strand.is_pulse = is_pulse;
   strand.ready_at = now_ + static_cast<i64>(dice.below(50 * kUs));
   strand.budget = 1;
@@ -22,7 +21,7 @@ Strand& Scheduler::spawn(Fibre::Body body, void* argument, i32 rank, bool is_pul
 i64 Scheduler::due(const Strand& strand) const {
   if (strand.fibre->ended()) return kNever;
   if (over) return std::min(strand.ready_at, now_ + kMs);
-  const Machine& machine = machines[static_cast<size_t>(strand.rank)];
+  const Machine& machine = machines[static_cast<size_t>(strand.life)];
   if (machine.dead) return kNever;
   const i64 paused = strand.is_pulse ? machine.pulse_paused_until : machine.kernel_paused_until;
   return std::max({strand.ready_at, machine.stopped_until, paused});
@@ -57,9 +56,9 @@ void Scheduler::give_way() { Fibre::yield(); }
 void Scheduler::touch() {
   Strand* self = running_;
   if (self == nullptr) return;
-  Machine& machine = machines[static_cast<size_t>(self->rank)];
+  Machine& machine = machines[static_cast<size_t>(self->life)];
   if (!self->is_pulse && machine.countdown > 0 && --machine.countdown == 0 && !over) {
-    struck(self->rank);
+    struck(self->life);
     self->budget = 1;
   }
   if (--self->budget > 0) return;
@@ -90,13 +89,13 @@ void Scheduler::wake(const u32* word) {
 
 i64 Scheduler::local_ns() const {
   if (running_ == nullptr) return now_;
-  const Machine& machine = machines[static_cast<size_t>(running_->rank)];
+  const Machine& machine = machines[static_cast<size_t>(running_->life)];
   return now_ + now_ / 1000000 * machine.clock_drift_ppm + machine.clock_offset_ns;
 }
 
 i64 Scheduler::to_global(i64 duration_ns) const {
   if (running_ == nullptr || duration_ns >= kNever / 2) return duration_ns;
-  return duration_ns - duration_ns / 1000000 * machines[static_cast<size_t>(running_->rank)].clock_drift_ppm;
+  return duration_ns - duration_ns / 1000000 * machines[static_cast<size_t>(running_->life)].clock_drift_ppm;
 }
 
 }  // namespace fa2a::sim

@@ -14,10 +14,10 @@ namespace fa2a::sim {
 constexpr i64 kNever = 1ll << 62;
 constexpr i64 kUs = 1000, kMs = 1000000;
 
-// One fibre of one rank, and when it goes on.
+// One fibre of one life, and when it goes on.
 struct Strand {
   std::unique_ptr<Fibre> fibre;
-  i32 rank = 0;
+  i32 life = 0;
   bool is_pulse = false;
   i64 ready_at = 0;
   const u32* words[kMaxFutexPairs] = {};  // it sleeps on these as well
@@ -26,7 +26,7 @@ struct Strand {
   i64 num_spent = 0;
 };
 
-// What of a rank stands still, and how its clock and speed differ from the others'.
+// What of a life stands still, and how its clock and speed differ from the others'. A life is one process.
 struct Machine {
   bool dead = false;
   i64 stopped_until = 0, kernel_paused_until = 0, pulse_paused_until = 0;
@@ -42,14 +42,14 @@ struct Pace {
 
 class Scheduler {
  public:
-  Scheduler(u64 seed, i32 num_ranks, const Pace& pace)
-      : machines(static_cast<size_t>(num_ranks)), dice(seed), pace_(pace) {}
+  Scheduler(u64 seed, i32 num_lives, const Pace& pace)
+      : machines(static_cast<size_t>(num_lives)), dice(seed), pace_(pace) {}
 
-  Strand& spawn(Fibre::Body body, void* argument, i32 rank, bool is_pulse);
+  Strand& spawn(Fibre::Body body, void* argument, i32 life, bool is_pulse);
   // What else happens in time: when it next does, and its doing so.
   std::function<i64()> next_other;
   std::function<void()> do_other;
-  std::function<void(i32 rank)> struck;
+  std::function<void(i32 life)> struck;
   // Runs the next thing. False: nothing will ever happen again.
   bool step();
 
@@ -61,6 +61,7 @@ class Scheduler {
 
   void wake(const u32* word);
   Strand* running() const { return running_; }
+  i32 running_life() const { return running_ != nullptr ? running_->life : life_in_construction; }
   Strand& strand(u64 id) { return *strands_[id]; }
   u64 num_strands() const { return strands_.size(); }
   i64 now() const { return now_; }
@@ -69,6 +70,7 @@ class Scheduler {
   std::vector<Machine> machines;
   Dice dice;
   u64 num_steps = 0;
+  i32 life_in_construction = 0;  // whose doing is what happens outside of all strands
 
  private:
   i64 due(const Strand& strand) const;
@@ -82,7 +84,5 @@ class Scheduler {
 
 // The one in charge; the simulated host has no other way to it.
 extern Scheduler* scheduler;
-// Whose thread the next one is that is made outside of all strands.
-extern i32 rank_in_construction;
 
 }  // namespace fa2a::sim
