@@ -155,26 +155,16 @@ void Pulse::accuse(i32 rank, Evidence kind) {
   evidence_.push_back({rank, kind, now_ns()});
 }
 
-// After look(): a record that is read once its writer is proven dead will not change any more.
-void Pulse::read_page(i32 rank, MemberReport& report) {
-  const ControlPage& page = *pages_[static_cast<size_t>(rank)];
-  PageCopies& copies = copies_[static_cast<size_t>(rank)];
-  report.promise = copies.promise.newest(page.promise) ? copies.promise.record : Promise();
-  if (copies.hold.newest(page.hold)) report.hold = copies.hold.record;
-  report.accusations = page.accusations;
-  if (copies.decision.newest(page.decision)) report.decision = &copies.decision.record;
-  if (!options_.agreement.by_windows) return;
-  if (copies.acceptor.newest(page.acceptor)) report.votes = &copies.acceptor.record;
-  if (copies.request.newest(page.request)) report.request = &copies.request.record;
-}
-
+// After look(), which says who is proven dead.
 void Pulse::agree(i64 now) {
   for (i32 rank = 0; rank < options_.agreement.num_ranks; ++rank) {
     MemberReport& report = reports_[static_cast<size_t>(rank)];
     report = MemberReport();
     report.proven_dead = proven_dead_.has(rank);
     report.accused = is_suspect(state_, rank);
-    if (rank == options_.agreement.rank || readable(rank)) read_page(rank, report);
+    if (rank != options_.agreement.rank && !readable(rank)) continue;
+    const auto at = static_cast<size_t>(rank);
+    read_page(*pages_[at], options_.agreement.by_windows, copies_[at], report);
   }
   std::lock_guard<std::mutex> lock(mutex_);
   AgreementStep step = agreement_.step(reports_, now);

@@ -14,7 +14,7 @@
 #include "membership/agreement.hpp"
 #include "membership/detector.hpp"
 #include "membership/doors.hpp"
-#include "membership/two_copies.hpp"
+#include "membership/page_copies.hpp"
 #include "protocol/rank_state.hpp"
 
 namespace fa2a {
@@ -40,27 +40,6 @@ struct EvidenceRecord {
 struct ViewRecord {
   Decision decision;
   i64 installed_at_ns;
-};
-
-// A record of a page as it was last read: a page that has not moved is not read again.
-template <class Record>
-struct LastRead {
-  u64 version = 0;
-  Record record;
-
-  // False: there is none yet, or it moved whenever it was read, and what stands here now is half of one.
-  bool newest(const TwoCopies<Record>& shared) {
-    if (load_acquire(&shared.version) != version && !read_newest(shared, record, version)) version = 0;
-    return version != 0;
-  }
-};
-
-struct PageCopies {
-  LastRead<Promise> promise;
-  LastRead<StepHold> hold;
-  LastRead<Decision> decision;
-  LastRead<AcceptorRecord<Decision>> acceptor;
-  LastRead<BallotRequest<Decision>> request;
 };
 
 // A process that has knocked, and that the members have not let in yet.
@@ -123,7 +102,6 @@ class Pulse {
   void install(const Decision& decision, i64 now);
   void announce(const Decision& decision);
   void publish_ballots(const AgreementStep& step);
-  void read_page(i32 rank, MemberReport& report);
   void rest(i64 now);
   void poke_peers();
   void answer_knocks(i64 now);

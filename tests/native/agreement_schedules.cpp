@@ -112,15 +112,10 @@ struct Group {
     std::vector<MemberReport> reports(static_cast<size_t>(n));
     for (i32 peer = 0; peer < n; ++peer) {
       MemberReport& report = reports[static_cast<size_t>(peer)];
-      PageCopies& copies = at(rank).copies[static_cast<size_t>(peer)];
       report.proven_dead = at(rank).known_dead.has(peer);
       report.accused = at(rank).accuses.has(peer) || report.proven_dead;
       if (peer != rank && !report.proven_dead && chance(10)) continue;  // not readable this turn
-      report.promise = copies.promise.newest(page(peer).promise) ? copies.promise.record : Promise();
-      report.accusations = page(peer).accusations;
-      if (copies.decision.newest(page(peer).decision)) report.decision = &copies.decision.record;
-      if (copies.acceptor.newest(page(peer).acceptor)) report.votes = &copies.acceptor.record;
-      if (copies.request.newest(page(peer).request)) report.request = &copies.request.record;
+      read_page(page(peer), /*by_windows=*/true, at(rank).copies[static_cast<size_t>(peer)], report);
     }
     return reports;
   }

@@ -148,15 +148,9 @@ struct Group {
       const bool is_gone = !at(peer).alive || r.mapped[static_cast<size_t>(peer)] != at(peer).page;
       if (peer != rank && is_gone && view_of(rank).active.has(peer) && (calm || below(3) == 0)) r.known_dead.add(peer);
       MemberReport& report = reports[static_cast<size_t>(peer)];
-      PageCopies& copies = r.copies[static_cast<size_t>(peer)];
       report.proven_dead = report.accused = r.known_dead.has(peer);
       if (peer != rank && !report.proven_dead && chance(10)) continue;
-      report.promise = copies.promise.newest(seen(rank, peer).promise) ? copies.promise.record : Promise();
-      if (copies.hold.newest(seen(rank, peer).hold)) report.hold = copies.hold.record;
-      report.accusations = seen(rank, peer).accusations;
-      if (copies.decision.newest(seen(rank, peer).decision)) report.decision = &copies.decision.record;
-      if (copies.acceptor.newest(seen(rank, peer).acceptor)) report.votes = &copies.acceptor.record;
-      if (copies.request.newest(seen(rank, peer).request)) report.request = &copies.request.record;
+      read_page(seen(rank, peer), /*by_windows=*/true, r.copies[static_cast<size_t>(peer)], report);
     }
     return reports;
   }
