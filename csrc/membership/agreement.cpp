@@ -11,7 +11,8 @@ Agreement::Agreement(const AgreementOptions& options, const Decision& first)
     : options_(options),
       current_(first),
       consensus_(options.rank, options.num_ranks, options.stagger_ns),
-      first_seen_ns_(static_cast<size_t>(options.num_ranks) * static_cast<size_t>(options.num_ranks), 0) {
+      first_seen_ns_(static_cast<size_t>(options.num_ranks) * static_cast<size_t>(options.num_ranks), 0),
+      beat_then_(first_seen_ns_.size(), 0) {
   consensus_.begin_epoch(first);
 }
 
@@ -39,8 +40,8 @@ Agreement::Edges Agreement::read_edges(const std::vector<MemberReport>& reports,
     const u64* row = reports[static_cast<size_t>(accuser)].accusations;
     if (row == nullptr || !current_.view.active.has(accuser)) continue;
     for (i32 accused = 0; accused < n; ++accused) {
-      i64& first_seen =
-          first_seen_ns_[static_cast<size_t>(accuser) * static_cast<size_t>(n) + static_cast<size_t>(accused)];
+      const size_t edge = static_cast<size_t>(accuser) * static_cast<size_t>(n) + static_cast<size_t>(accused);
+      i64& first_seen = first_seen_ns_[edge];
       const u64 word = load_acquire(row + accused);
       const bool live = accused != accuser && current_.view.active.has(accused) &&
                         accusation_field::Kind::unpack(word) != 0 &&
@@ -49,13 +50,16 @@ Agreement::Edges Agreement::read_edges(const std::vector<MemberReport>& reports,
         first_seen = 0;
         continue;
       }
-      if (first_seen == 0) first_seen = now_ns;
+      const u64 beat = reports[static_cast<size_t>(accused)].beat;
+      if (first_seen == 0) first_seen = now_ns, beat_then_[edge] = beat;
       if (now_ns - first_seen < options_.settle_ns) {
         edges.any_unsettled = true;
         continue;
       }
       edges.accused_by[static_cast<size_t>(accuser)].add(accused);
       edges.any_settled = true;
+      const bool counts = !reports[static_cast<size_t>(accuser)].proven_dead;
+      if (counts && beat == beat_then_[edge]) edges.silent_since.add(accused);
     }
   }
   return edges;
@@ -200,6 +204,14 @@ Agreement::Prospect Agreement::consider(const std::vector<MemberReport>& reports
       all_promised = false;
       out.waits_for.add(rank);
     }
+  }
+  // Its promise may be older than what it is accused of: a rank that died in silence since then would be kept, and the
+  // only one so far to have found out would go for it. Whoever lives beats again in a moment; whoever does not is
+  // waited for, and accused by this rank too.
+  const RankSet unheard = edges.silent_since & verdict.next;
+  if (guarded(guard_beaten_since)) {
+    all_promised &= unheard.empty();
+    out.waits_for = out.waits_for | unheard;
   }
   // A quorum of promises is not enough: a member that has not promised may be starting the round that the others call
   // the next view's first.

@@ -61,6 +61,7 @@ class Agreement {
     std::vector<RankSet> accused_by;  // settled only
     bool any_settled = false;
     bool any_unsettled = false;
+    RankSet silent_since;  // accused by one who lives, and has not beaten since
   };
   Edges read_edges(const std::vector<MemberReport>& reports, i64 now_ns);
   bool should_change(const std::vector<MemberReport>& reports, const Edges& edges, const RankSet& proven) const;
@@ -96,6 +97,7 @@ class Agreement {
   i64 changing_since_ns_ = 0;
   i64 ready_since_ns_ = 0;
   std::vector<i64> first_seen_ns_;  // [accuser * num_ranks + accused]; 0: not accused now
+  std::vector<u64> beat_then_;      // the same: of the accused, when the accusation was first seen
 };
 
 }  // namespace fa2a

@@ -32,6 +32,7 @@ struct PageCopies {
 // have put into the report before: a record that is read once its writer is proven dead will not change any more. Votes
 // and requests only where members decide by them. The report points into `copies` and into the page.
 inline void read_page(const ControlPage& page, bool by_windows, PageCopies& copies, MemberReport& report) {
+  report.beat = load_acquire(&page.process_beat);
   report.promise = copies.promise.newest(page.promise) ? copies.promise.record : Promise();
   if (copies.hold.newest(page.hold)) report.hold = copies.hold.record;
   report.accusations = page.accusations;

@@ -46,6 +46,7 @@ namespace fa2a {
   X(old_rounds_first)     /* no round of a former view is run once its newcomer has a place    */ \
   X(mapped_place)         /* nobody holds for one that has not mapped what is kept for it now  */ \
   X(newcomer_once)        /* whoever has come in is no newcomer at the next step start         */ \
+  X(beaten_since)         /* nobody accused is kept who has not beaten since                   */ \
   X(decided_leave)        /* a rank that left as was decided is not accused of it              */ \
   X(frozen_set)           /* what a rank has in a collective is not taken anew in a later view */ \
   X(say_epoch)            /* sets of two epochs are not counted together                       */ \

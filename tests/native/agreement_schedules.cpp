@@ -137,6 +137,7 @@ struct Group {
 
   void turn(i32 rank) {
     ++num_turns;
+    store_release(&page(rank).process_beat, static_cast<u64>(now_ns));
     SimRank& r = at(rank);
     look(rank);
     AgreementStep step = r.agreement->step(read(rank), now_ns);

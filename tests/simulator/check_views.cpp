@@ -49,7 +49,8 @@ void World::watch_addresses(Member& member) {
 }
 
 // Whoever is at fault, whose link is bad, or who is at odds with one at fault that is kept: accusations cannot tell
-// which of two is to blame, only that one must go.
+// which of two is to blame, only that one must go. Not for one who only ever died in silence: whoever accuses it of
+// that does so after its death, and a beat that stands still is to be seen by all.
 bool World::may_go(const Member& member, const View& next) const {
   if (faulty_.has(member.life) || suspended_.has(member.life) || member.leaves || member.retires ||
       !bad_links_[static_cast<size_t>(member.life)].empty())
@@ -57,6 +58,7 @@ bool World::may_go(const Member& member, const View& next) const {
   for (i32 rank = 0; rank < schedule_.num_ranks; ++rank) {
     const Member* other = next.active.has(rank) ? life_in(next, rank) : nullptr;
     if (other == nullptr || !faulty_.has(other->life)) continue;
+    if (silent_.has(other->life) && !other->ever_stood_still) continue;
     if (member.suspects.has(rank) || other->suspects.has(member.rank)) return true;
   }
   return false;

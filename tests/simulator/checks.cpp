@@ -68,7 +68,7 @@ void World::watch(Member& member) {
     watch_views(member);
   if ((state.release & release_quorum_lost) != 0) suspended_.add(member.life);
   if (state.suspects != member.suspects) watch_suspects(member);
-  if (schedule_.rounds_per_step > 0) strike_promised(member);
+  strike_promised(member);
 }
 
 // P4: nobody who lives, beats and is not late is suspected, whoever else dies.
@@ -159,8 +159,7 @@ void World::check_end_of(const Member& member, const View& newest) {
     fail("P6: " + name_of(member) + " ends in epoch " + std::to_string(epoch) + " and not in " +
          std::to_string(newest.epoch));
   if (!is_inside && !is_out) fail("P6: " + name_of(member) + " does not know that it is out");
-  // One who is well may still be out: the only one so far to accuse a rank that died in silence loses the tie if it
-  // is the higher of the two. Whether it might go was looked at when the view was decided.
+  // Whether one who is out might go was looked at when the view was decided.
   if (schedule_.must_finish && !faulty_.has(member.life) && !evicted_.has(member.life) && member.end != End::finished)
     fail("P1: " + name_of(member) + " is well, and does not get through its rounds");
 }

@@ -48,6 +48,17 @@ void silent_deaths(Schedule& s, Dice& dice) {
   for (i32 rank : some_ranks(s, dice, most)) add(s, dice, FaultKind::vanish, rank);
 }
 
+// The one who would propose dies without a word, its promise given. Whoever still waits for it in a round is the first
+// to miss it, and perhaps the only one for a while.
+void silent_proposers(Schedule& s, Dice& dice) {
+  s.num_ranks = 5 + static_cast<i32>(dice.below(2));
+  add(s, dice, FaultKind::vanish, 1 + static_cast<i32>(dice.below(static_cast<u64>(s.num_ranks - 1))));
+  Fault fault;
+  fault.kind = FaultKind::vanish;
+  fault.moment = Moment::own_promise;
+  s.faults.push_back(fault);
+}
+
 void stops(Schedule& s, Dice& dice) {
   s.must_finish = false;  // half of the group may be stopped, and the other half is none
   for (i32 i = 0, number = 1 + static_cast<i32>(dice.below(3)); i < number; ++i)
@@ -221,8 +232,7 @@ void rival_newcomers(Schedule& s, Dice& dice) {
     add_after(s, FaultKind::join, rank, is_first ? dice.heavy(kMs) : dice.between(kMs / 2, 5 * kMs)).after = -1;
     if (is_first || dice.one_in(3)) continue;
     Fault& crash = add_after(s, FaultKind::crash, rank, dice.between(kMs, 5 * kMs));
-    crash.once_promised = dice.one_in(2);
-    if (crash.once_promised) crash.after = -1;
+    if (dice.one_in(2)) crash.moment = Moment::newcomer_promised, crash.after = -1;
     const auto died = static_cast<i32>(s.faults.size()) - 1;
     if (dice.one_in(2)) add_after(s, FaultKind::join, rank, dice.heavy(300 * kUs));
     // Who would propose is late, so that the decision is under way for long.
@@ -262,6 +272,7 @@ const std::vector<std::pair<std::string, Make>>& mixes() {
       {"liars", liars},
       {"foreign", foreign},
       {"everything", everything},
+      {"silent_proposers", silent_proposers},
       {"growth", growth},
       {"planned_leaves", planned_leaves},
       {"joins", joins},
@@ -331,8 +342,8 @@ std::string describe(const Schedule& s) {
     const Fault& fault = s.faults[i];
     text += "  fault " + std::to_string(i) + ": " + name_of(fault.kind) + " rank " + std::to_string(fault.rank);
     if (fault.other != fault.rank) text += " and rank " + std::to_string(fault.other);
-    if (fault.once_promised && fault.after < 0)
-      text += " once somebody has promised for it";
+    if (fault.moment != Moment::access && fault.after < 0)
+      text += fault.moment == Moment::own_promise ? " once it has promised" : " once somebody has promised for it";
     else if (fault.is_of_world() && fault.after < 0)
       text += ", " + std::to_string(fault.delay_ns / kUs) + " us after the beginning";
     else if (fault.after >= 0)

@@ -28,6 +28,13 @@ enum class FaultKind {
 };
 const char* name_of(FaultKind kind);
 
+// What brings a fault about that comes after no other one.
+enum class Moment {
+  access,             // by round and access
+  newcomer_promised,  // once a member has promised for this rank's newcomer
+  own_promise         // once this rank has promised anything
+};
+
 struct Fault {
   FaultKind kind = FaultKind::crash;
   i32 rank = 0;
@@ -38,7 +45,7 @@ struct Fault {
   i64 delay_ns = 0;
   i64 duration_ns = 0;
   u32 lies = 0;
-  bool once_promised = false;  // by no access: once a member has promised for this rank's newcomer
+  Moment moment = Moment::access;
 
   // Lives begin beside the ranks that run: no access of one of them brings that about, unless it comes after a fault.
   bool is_of_world() const { return kind == FaultKind::join || kind == FaultKind::rejoin; }

@@ -8,6 +8,7 @@ namespace fa2a::sim {
 
 void World::stand_still(Member& member, const Fault& fault, i64 least_ns) {
   member.stood_still_ns += fault.duration_ns;
+  member.ever_stood_still = true;
   if (fault.duration_ns >= least_ns) faulty_.add(member.life);
 }
 
@@ -109,17 +110,19 @@ void World::strike(i32 index) {
   }
 }
 
-// In the middle of the decision that lets somebody in.
+// In the middle of a decision.
 void World::strike_promised(const Member& member) {
   const TwoCopies<Promise>& given = page_of(member).promise;
-  const StepChange& change = given.copies[given.version % 2].change;
-  if (given.version == 0 || change.kind != ChangeKind::join) return;
+  const Promise& promise = given.copies[given.version % 2];
+  if (given.version == 0) return;
   for (size_t i = 0; i < schedule_.faults.size(); ++i) {
     const Fault& fault = schedule_.faults[i];
+    if (fault.moment == Moment::access || fault.after >= 0 || struck_[i]) continue;
     const i32 life = current_[static_cast<size_t>(fault.rank)];
-    const bool is_meant = fault.once_promised && fault.after < 0 && change.rank == static_cast<u64>(fault.rank);
-    if (is_meant && at(life).endpoint != nullptr && page_of(at(life)).incarnation == change.incarnation)
-      strike(static_cast<i32>(i));
+    const bool is_own = fault.moment == Moment::own_promise && life == member.life;
+    const bool is_for_it = fault.moment == Moment::newcomer_promised && promise.change.kind == ChangeKind::join &&
+                           at(life).endpoint != nullptr && page_of(at(life)).incarnation == promise.change.incarnation;
+    if (is_own || is_for_it) strike(static_cast<i32>(i));
   }
 }
 

@@ -130,7 +130,7 @@ void World::arm(Member& member) {
   for (size_t i = 0; i < schedule_.faults.size(); ++i) {
     const Fault& fault = schedule_.faults[i];
     if (struck_[i] || fault.after >= 0 || fault.rank != member.rank || fault.round > member.round) continue;
-    if (fault.is_of_world() || fault.once_promised) continue;
+    if (fault.is_of_world() || fault.moment != Moment::access) continue;
     member.armed = static_cast<i32>(i);
     machine(member.life).countdown = fault.accesses;
     return;

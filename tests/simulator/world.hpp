@@ -32,6 +32,7 @@ struct Member {
   std::unique_ptr<Endpoint> endpoint;
   End end = End::running;
   bool leaves = false, retires = false;
+  bool ever_stood_still = false;
   bool comes_back = false;  // it takes the place of a former life of the same process, once that is out
   bool is_in = true;        // false: on its way in
   i64 begun_at = 0;
