@@ -41,9 +41,10 @@ PROGRAMS = {
         (
             *("tests/simulator/*.cpp", "csrc/host/hooks.cpp", "csrc/membership/*.cpp", "csrc/bindings/endpoint*.cpp"),
             *(f"csrc/transport/{name}.cpp" for name in ("faulty", "local", "partition", "shm")),
+            "csrc/transport/cuda_*.cpp",
             *(f"kernels/cpu/{name}.cpp" for name in ("combine", "dispatch", "expand", "machine", "quantize", "reduce")),
             *("kernels/cpu/stream.cpp", "kernels/cpu/collect*.cpp"),
-            "kernels/cuda/twin/*.cpp",  # never run here: an endpoint can have either kernels
+            *("kernels/cuda/host/*.cpp", "kernels/cuda/twin/*.cpp"),  # never run here: an endpoint can have either
         ),
         ("-DFA2A_SIMULATED=1", "-DFA2A_MAX_RANKS=64", "-ffp-contract=off", "-fno-strict-aliasing", "-U_FORTIFY_SOURCE"),
     ),

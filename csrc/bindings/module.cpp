@@ -18,6 +18,7 @@ DType dtype_named(const std::string& name);
 void bind_joins(py::class_<Endpoint, std::shared_ptr<Endpoint>>& endpoint);
 void bind_faults(py::module_& m, py::class_<Endpoint, std::shared_ptr<Endpoint>>& endpoint);
 void bind_addresses(py::module_& m, py::class_<Endpoint, std::shared_ptr<Endpoint>>& endpoint);
+void bind_cuda(py::module_& m, py::class_<Endpoint, std::shared_ptr<Endpoint>>& endpoint);
 
 const char* name_of(Status status) {
   switch (status) {
@@ -119,6 +120,13 @@ WireFormat::Quantize quantize_named(const std::string& name) {
   throw py::value_error("quantize must be never, float32 or ue8m0, not " + name);
 }
 
+Machine machine_named(const std::string& name) {
+  if (name == "cpu") return Machine::cpu;
+  if (name == "cuda-host") return Machine::cuda_host;
+  if (name == "cuda") return Machine::cuda;
+  throw py::value_error("machine must be cpu, cuda-host or cuda, not " + name);
+}
+
 EndpointConfig config_of(const py::dict& fields) {
   EndpointConfig config;
   config.shape = shape_of(fields);
@@ -142,8 +150,12 @@ EndpointConfig config_of(const py::dict& fields) {
   config.settle_ms = fields["settle_ms"].cast<i64>();
   config.agreement_timeout_ms = fields["agreement_timeout_ms"].cast<i64>();
   config.agree_by_windows = fields["agree_by_windows"].cast<bool>();
-  config.cuda_host = fields["cuda_host"].cast<bool>();
+  config.machine = machine_named(fields["machine"].cast<std::string>());
   if (const i32 num_sms = fields["num_sms"].cast<i32>(); num_sms > 0) config.twin.num_blocks = num_sms;
+  config.num_sms = fields["num_sms"].cast<i32>();
+  if (fields.contains("device")) config.device = fields["device"].cast<i32>();
+  if (fields.contains("cubins"))
+    for (const py::handle cubin : fields["cubins"]) config.cubins.push_back(cubin.cast<py::bytes>());
   if (fields.contains("twin_threads")) config.twin.num_threads = fields["twin_threads"].cast<i32>();
   if (fields.contains("twin_seed")) config.twin.seed = fields["twin_seed"].cast<u64>();
   if (fields.contains("twin_weak")) config.twin.weak = fields["twin_weak"].cast<bool>();
@@ -229,8 +241,9 @@ py::tuple call_gather_all(Endpoint& endpoint, std::uintptr_t mine, u64 num_bytes
 // (row of recv.x, local expert, src_rank, src token, choice) of every row that a round received.
 std::vector<std::array<i32, 5>> sources(Endpoint& endpoint, u64 round) {
   std::vector<std::array<i32, 5>> out;
-  const OpenRound& open = endpoint.context().rounds[round % kNumParities];
-  if (open.stage == Stage::closed || open.round != round) return out;
+  const OpenRound* found = endpoint.received_of(round);
+  if (found == nullptr) return out;
+  const OpenRound& open = *found;
   for (i32 src = 0; src < endpoint.config().shape.num_ranks; ++src) {
     if (!open.taken.has(src)) continue;
     const auto first = static_cast<size_t>(open.received_from[static_cast<size_t>(src)]);
@@ -329,6 +342,7 @@ void bind_endpoint(py::module_& m) {
   bind_joins(endpoint);
   bind_faults(m, endpoint);
   bind_addresses(m, endpoint);
+  bind_cuda(m, endpoint);
 }
 
 }  // namespace
