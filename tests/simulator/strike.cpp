@@ -119,9 +119,10 @@ void World::strike_promised(const Member& member) {
     const Fault& fault = schedule_.faults[i];
     if (fault.moment == Moment::access || fault.after >= 0 || struck_[i]) continue;
     const i32 life = current_[static_cast<size_t>(fault.rank)];
+    if (life < 0 || at(life).endpoint == nullptr) continue;
     const bool is_own = fault.moment == Moment::own_promise && life == member.life;
     const bool is_for_it = fault.moment == Moment::newcomer_promised && promise.change.kind == ChangeKind::join &&
-                           at(life).endpoint != nullptr && page_of(at(life)).incarnation == promise.change.incarnation;
+                           page_of(at(life)).incarnation == promise.change.incarnation;
     if (is_own || is_for_it) strike(static_cast<i32>(i));
   }
 }
