@@ -86,6 +86,12 @@ def test_a_rank_that_accuses_all_others_goes_alone_in_100_of_100() -> None:
     assert json.loads(done.stdout)["schedules"] == 100
 
 
+def test_a_suspended_rank_is_not_accused_of_a_stall() -> None:
+    """Seed 1141: rank 2 waits in a round for two that have promised not to begin it."""
+    done = simulate("everything", "--seed", "1141")
+    assert done.returncode == 0, done.stdout
+
+
 def test_a_seed_says_all() -> None:
     reports = [json.loads(simulate("everything", "--seed", "7", "--count", "5").stdout) for _ in range(2)]
     for report in reports:

@@ -10,6 +10,18 @@
 
 namespace fa2a {
 
+namespace {
+
+// Has the peer promised, for the view that is due, not to begin a round that this rank is in? Then it does not come,
+// and that is no stall: it waits for a view, as this rank will. Were it accused, a rank that is suspended would be
+// voted out as soon as quorum is back, for having waited for it. Whoever hangs is found out in the next view.
+bool is_held_back(LastRead<Promise>& copy, const ControlPage& page, const RankState& state) {
+  if (!copy.newest(page.promise) || copy.record.epoch_plus_one != newest_view(state.ring).epoch + 1) return false;
+  return load_acquire(&state.started) > promised_round(copy.record);
+}
+
+}  // namespace
+
 Pulse::Pulse(std::vector<ControlPage*> pages, RankState& state, const PulseOptions& options, const Decision& first)
     : pages_(std::move(pages)),
       state_(state),
@@ -138,7 +150,8 @@ Evidence Pulse::look_at(i32 rank) {
   const u64 parity = signal_field::Round::unpack(wait.word) % kNumParities;
   sample.sent = load_acquire(&page.sent[options_.agreement.rank].words[kind][parity]);
   const bool is_stalled = load_acquire(&state_.stalled_in[rank]) == newest_view(state_.ring).epoch + 1;
-  wait.kernel_suspects = (is_suspect(state_, rank) || is_stalled) && !marked_.has(rank);
+  wait.kernel_suspects = (is_suspect(state_, rank) || is_stalled) && !marked_.has(rank) &&
+                         !(sample.readable && is_held_back(copies_[static_cast<size_t>(rank)].promise, page, state_));
   const Timeouts timeouts{static_cast<i64>(load_relaxed(&state_.silence_ns[rank])), options_.link_ns};
   return detector_.judge(rank, sample, wait, timeouts);
 }

@@ -109,6 +109,8 @@ void World::check_combined(Member& member, u64 round, bool lost) {
     if (code != Outcome::lost) continue;
     any_lost = true;
     ++report_.num_lost;
+    // Who is suspended may not begin the round that others are in, and is given up there after a while.
+    if (suspended_.has(life->life) || suspended_.has(member.life)) continue;
     if (!excuses(member, *life) && !excuses(*life, member))
       return fail("P3: a choice" + where + " to " + name_of(*life) + " is lost, and both are well");
   }

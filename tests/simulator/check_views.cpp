@@ -52,7 +52,7 @@ void World::watch_addresses(Member& member) {
 // which of two is to blame, only that one must go. Not for one who only ever died in silence: whoever accuses it of
 // that does so after its death, and a beat that stands still is to be seen by all.
 bool World::may_go(const Member& member, const View& next) const {
-  if (faulty_.has(member.life) || suspended_.has(member.life) || member.leaves || member.retires ||
+  if (faulty_.has(member.life) || member.leaves || member.retires ||
       !bad_links_[static_cast<size_t>(member.life)].empty())
     return true;
   for (i32 rank = 0; rank < schedule_.num_ranks; ++rank) {

@@ -49,8 +49,7 @@ void World::fail(const std::string& what) {
 
 // May `a` have lost sight of `b`? Also if `a` is out, and does not know yet: the others have gone on without it.
 bool World::excuses(const Member& a, const Member& b) const {
-  // Nor is one punctual who was suspended: it may not begin a round that others are in.
-  return faulty_.has(b.life) || suspended_.has(b.life) || evicted_.has(a.life) || evicted_.has(b.life) ||
+  return faulty_.has(b.life) || evicted_.has(a.life) || evicted_.has(b.life) ||
          bad_links_[static_cast<size_t>(a.life)].has(b.life) || b.end == End::left || b.leaves;
 }
 
@@ -81,6 +80,12 @@ void World::watch_suspects(Member& member) {
     const Member* other = fresh.has(peer) ? life_in(view, peer) : nullptr;
     if (other == nullptr) continue;
     const u64 accusation = page_of(member).accusations[peer];
+    // A kernel gives up one who has promised not to begin the round that it waits in. That is all: nobody is accused.
+    const TwoCopies<Promise>& given = page_of(*other).promise;
+    const Promise& promise = given.copies[given.version % 2];
+    const bool is_held_back =
+        given.version != 0 && promise.epoch_plus_one == view.epoch + 1 && state.started > promised_round(promise);
+    if (is_held_back && accusation_field::Kind::unpack(accusation) == 0) continue;
     if (!excuses(member, *other))
       fail("P4: " + name_of(member) + " suspects " + name_of(*other) + ", who is well, by " + name(accusation));
     // Who retires closes only once it is decided that it is out.
