@@ -100,8 +100,11 @@ def test_a_seed_says_all() -> None:
     assert reports[0] != json.loads(simulate("everything", "--seed", "8", "--count", "5").stdout)
 
 
-def test_a_failing_schedule_is_shrunk_and_replays() -> None:
-    done = simulate("crashes", "--seed", "1", "--count", "200", "--without", "view_once")
+@pytest.mark.parametrize(
+    ("mix", "guard"), [("crashes", "view_once"), ("growth", "step_start"), ("zombies", "fresh_partition")]
+)
+def test_a_failing_schedule_is_shrunk_and_replays(mix: str, guard: str) -> None:
+    done = simulate(mix, "--seed", "1", "--count", "200", "--without", guard)
     assert done.returncode == WENT_WRONG
     replays = [line.split(": simulate ")[1].split() for line in done.stdout.splitlines() if ": simulate " in line]
     assert len(replays) == 2, done.stdout
