@@ -40,6 +40,7 @@ PROGRAMS = {
     "simulate": Program(
         (
             *("tests/simulator/*.cpp", "csrc/host/hooks.cpp", "csrc/membership/*.cpp", "csrc/bindings/endpoint*.cpp"),
+            "csrc/host/door.cpp",
             *("csrc/transport/faulty.cpp", "csrc/transport/local.cpp", "csrc/transport/partition.cpp"),
             "csrc/transport/cuda_*.cpp",
             *(f"kernels/cpu/{name}.cpp" for name in ("combine", "dispatch", "expand", "machine", "quantize", "reduce")),
