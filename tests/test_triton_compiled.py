@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 pytest.importorskip("triton", reason="install triton==3.7.1: requirements-dev.txt has it")
 
+from fault_a2a.cli.main import main
 from fault_a2a.kernels.triton.compiled import ARCHS, VARIANTS, kernel_rows, ptx_of
 
 KEYS = {"kernel", "arch", "variant", "registers", "spill_bytes", "shared_bytes"}
@@ -29,8 +32,10 @@ def check(rows: list[dict], archs: tuple[str, ...], variants: tuple[str, ...]) -
     assert all(row["spill_bytes"] <= 8 for row in rows)
 
 
-def test_every_kernel_compiles() -> None:
-    check(kernel_rows(("90",), ("bfloat16",)), ("90",), ("bfloat16",))
+def test_every_kernel_compiles(capsys: pytest.CaptureFixture) -> None:
+    """As the command lists them."""
+    assert main(["compile", "--kernels", "triton", "--arch", "90a", "--variant", "bfloat16", "--json"]) == 0
+    check(json.loads(capsys.readouterr().out)["rows"], ("90",), ("bfloat16",))
 
 
 @pytest.mark.slow

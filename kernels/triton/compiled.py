@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,8 @@ def kernel_rows(archs: Sequence[str] = ARCHS, variants: Sequence[str] = VARIANTS
         unknown = [one for one in chosen if one not in known]
         if unknown:
             raise ValueError(f"{name}: {unknown[0]!r} is not known; pass some of {', '.join(known)}.")
+    if find_spec("triton") is None:
+        raise RuntimeError("no Triton: install fault_a2a[triton] to compile its kernels.")
     rows: list[Row] = []
     for arch in archs:
         rows += _compiled("rows", arch, *variants)
