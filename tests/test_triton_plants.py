@@ -3,21 +3,21 @@ since a count that bounds a loop may end one."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 
+pytest.importorskip("triton", reason="install triton==3.7.1: requirements-dev.txt has it")
+
+from fault_a2a.kernels.triton import rank
 from fault_a2a.testing.virtual import VirtualRanks
-from tests.drills import ROOT, run_drills
+from tests.apart import exit_code
+from tests.drills import run_drills
 from tests.rig import Checker, SameRouting, raised
 from tests.scenarios import LIES
 from tests.test_triton import tiny
 
-pytest.importorskip("triton", reason="install triton==3.7.1: requirements-dev.txt has it")
-
-TIMEOUT_S = 120
 SMALL = ["--ranks", "3", "--hidden", "128", "--tokens", "4", "--steps", "6", "--kill", "1@3"]
 
 
@@ -50,38 +50,24 @@ def late_rows(plant: int) -> list[str]:
         return wrong
 
 
-SCENARIOS = {"count": count_lie, "rows": late_rows}
+@pytest.mark.parametrize("scenario", [count_lie, late_rows])
+def test_nothing_is_wrong(scenario: Callable[[int], list[str]]) -> None:
+    assert exit_code(partial(scenario, rank.NO_PLANT)) == 0
 
 
-def outcome(scenario: str, plant: str) -> str:
-    """ "clean", or what became of the process that ran the scenario."""
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.test_triton_plants", scenario, plant],
-        cwd=ROOT,
-        env={**os.environ, "FAULT_A2A_CORE": "hooks", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_S,
-    )
-    last = (done.stdout.splitlines() or [""])[-1]
-    return last if done.returncode == 0 else f"exit code {done.returncode}: {done.stderr[-500:]}"
+@pytest.mark.parametrize(
+    ("scenario", "plant"), [(count_lie, rank.PLANT_UNCLAMPED), (late_rows, rank.PLANT_SIGNAL_FIRST)]
+)
+def test_a_planted_bug_is_found(scenario: Callable[[int], list[str]], plant: int) -> None:
+    assert exit_code(partial(scenario, plant)) != 0
 
 
-@pytest.mark.parametrize("scenario", SCENARIOS)
-def test_nothing_is_wrong(scenario: str) -> None:
-    assert outcome(scenario, "NO_PLANT") == "clean"
-
-
-@pytest.mark.parametrize(("scenario", "plant"), [("count", "PLANT_UNCLAMPED"), ("rows", "PLANT_SIGNAL_FIRST")])
-def test_a_planted_bug_is_found(scenario: str, plant: str) -> None:
-    assert outcome(scenario, plant) != "clean"
-
-
-def test_drills() -> None:
+@pytest.mark.parametrize("backend", ["cpu,triton,cpu", pytest.param("triton", marks=pytest.mark.slow)])
+def test_drills(backend: str) -> None:
     """Real processes, a real SIGKILL, and the judge's recomputation of every output to the last bit."""
-    for answer in run_drills([[*SMALL, "--backend", backend] for backend in ("triton", "cpu,triton,cpu")]):
-        assert answer["ok"] and answer["exit_code"] == 0, answer["problems"]
-        assert answer["evicted"] == [1] and answer["accounting_exact"] and answer["steps_completed"] == 6
+    (answer,) = run_drills([[*SMALL, "--backend", backend]])
+    assert answer["ok"] and answer["exit_code"] == 0, answer["problems"]
+    assert answer["evicted"] == [1] and answer["accounting_exact"] and answer["steps_completed"] == 6
 
 
 @pytest.mark.slow
@@ -92,14 +78,3 @@ def test_a_rank_on_triton_is_replaced() -> None:
     (answer,) = run_drills([["--ranks", "3", *sizes, *faults, "--backend", "cpu,triton,cpu"]])
     assert answer["ok"], answer["problems"]
     assert answer["survivors"] == [0, 1, 2] and answer["accounting_exact"]
-
-
-if __name__ == "__main__":
-    import torch
-
-    from fault_a2a.kernels.triton import rank
-
-    torch.set_num_threads(1)
-    found = SCENARIOS[sys.argv[1]](getattr(rank, sys.argv[2]))
-    print("; ".join(found) or "clean", flush=True)
-    os._exit(0)  # what a planted bug left behind is not looked at
