@@ -17,7 +17,9 @@ KERNELS = {
     *("check_choices", "pass_gate", "route", "open_dispatch", "store_claims", "store_rows", "signal", "show_phase"),
     *("wait_for_words", "take_headers", "rank_rows", "assign_places", "copy_rows", "recheck", "refuse"),
     *("open_answers", "return_rows", "count_answers", "reduce_rows", "tell_lost"),
+    *("route_tokens", "permute_rows", "unpermute_rows", "sum_rows", "quantize_blocks", "dequantize_blocks"),
 }
+NUM_OF_QUANTISED = 7  # kernels that are listed once more, for rows that are quantised
 
 
 def check(rows: list[dict], archs: tuple[str, ...], variants: tuple[str, ...]) -> None:
@@ -26,7 +28,8 @@ def check(rows: list[dict], archs: tuple[str, ...], variants: tuple[str, ...]) -
         for variant in variants:
             of_variant = ("all", variant, f"{variant}-fp8")
             names = [row["kernel"] for row in rows if row["arch"] == arch and row["variant"] in of_variant]
-            assert len(names) == len(KERNELS) + 4 and set(names) == {f"triton.{name}" for name in KERNELS}
+            assert len(names) == len(KERNELS) + NUM_OF_QUANTISED
+            assert set(names) == {f"triton.{name}" for name in KERNELS}
     assert all(0 < row["registers"] <= MAX_REGISTERS for row in rows)
     # Eight bytes: two registers around the division that makes a scale, on three of the chips.
     assert all(row["spill_bytes"] <= 8 for row in rows)
@@ -44,15 +47,15 @@ def test_every_kernel_compiles_for_every_chip() -> None:
 
 
 def test_ptx_has_the_scopes_and_rounds_apart() -> None:
-    ptx = ptx_of(("wait_for_words", "pass_gate", "signal", "reduce_rows"))
+    ptx = ptx_of(("wait_for_words", "pass_gate", "signal", "reduce_rows", "sum_rows"))
     for kernel, words in {
         "wait_for_words": ("atom.global.sys.acquire.or.b64", "atom.global.sys.release.or.b64", "%globaltimer"),
         "pass_gate": ("fence.sc.sys", "atom.global.sys.release.exch.b64", "%globaltimer"),
         "signal": ("atom.global.sys.release.exch.b64",),
-        "reduce_rows": ("mul.rn.f32", "add.rn.f32"),
+        **dict.fromkeys(("reduce_rows", "sum_rows"), ("mul.rn.f32", "add.rn.f32")),
     }.items():
         assert all(word in ptx[kernel] for word in words), f"{kernel}: no {words}"
-    assert "fma" not in ptx["reduce_rows"]
+    assert "fma" not in ptx["reduce_rows"] + ptx["sum_rows"]
 
 
 @pytest.mark.parametrize(("options", "text"), [({"archs": ("75",)}, "archs"), ({"variants": ("fp8",)}, "variants")])

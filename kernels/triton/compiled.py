@@ -34,7 +34,8 @@ def kernel_rows(archs: Sequence[str] = ARCHS, variants: Sequence[str] = VARIANTS
     Returns:
         one dict a kernel and chip: kernel, arch, variant, registers, spill_bytes, shared_bytes. The layout is that of
         8 ranks, 256 experts, top-8, 128 tokens of 7168 elements. ``variant`` is "all" of kernels that touch no row,
-        else the type, "-fp8" behind it where rows are quantised on the way out and summed by the experts' ranks.
+        else the type, "-fp8" behind it where rows are quantised on the way out and summed by the experts' ranks; of the
+        two casts, where scales are UE8M0.
 
     Raises:
         ValueError: an arch or variant that is none of ``ARCHS`` or ``VARIANTS``.
@@ -112,10 +113,30 @@ def _constants(at: Any) -> Iterator[tuple[Any, dict[str, Any]]]:
     yield combine.count_answers, {}
     yield combine.reduce_rows, {}
     yield combine.tell_lost, {}
+    yield from _op_constants(at)
+
+
+def _op_constants(at: Any) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """The same of the operators around the verbs, in the sizes of the layout; experts have up to two replicas."""
+    import torch
+
+    from fault_a2a.kernels.triton import ops_permute, ops_quantize, ops_route
+
+    kinds = ("bfloat16", "float16", "float32")
+    dtype = getattr(torch, kinds[at.dtype])
+    yield ops_route.route_tokens, ops_route.constants(at.num_experts, 2, 2 * at.num_experts, at.num_ranks, at.num_topk)
+    yield ops_permute.permute_rows, ops_permute.permute_constants(at.num_topk, at.num_experts, at.hidden_bytes, True)
+    yield ops_permute.unpermute_rows, ops_permute.unpermute_constants(at.hidden_bytes)
+    yield ops_permute.sum_rows, ops_permute.sum_constants(at.num_topk, at.hidden, dtype)
+    for kernel in (ops_quantize.quantize_blocks, ops_quantize.dequantize_blocks):
+        yield kernel, ops_quantize.constants(at.hidden, dtype, is_ue8m0=at.quantize != 0)
 
 
 # What is no address, nor a time, and fits into an int32.
-_INT32 = ("num_tokens", "first_token", "num_polls", "is_first", "first_step", "last_step", "phase", "is_abandoned")
+_INT32 = (
+    *("num_tokens", "first_token", "num_polls", "is_first", "first_step", "last_step", "phase", "is_abandoned"),
+    "num_rows",
+)
 
 
 def _compile(kernel: Any, arch: str, constants: dict[str, Any], at: Any) -> Any:
@@ -152,7 +173,10 @@ def _taken_of(ptx: str, arch: str) -> tuple[int, int]:
     return int(registers[1]), int(spills[1]) + int(spills[2])
 
 
-_TOUCH_ROWS = ("store_rows", "copy_rows", "return_rows", "reduce_rows")
+_TOUCH_ROWS = (
+    *("store_rows", "copy_rows", "return_rows", "reduce_rows"),
+    *("sum_rows", "quantize_blocks", "dequantize_blocks"),
+)
 
 
 def _compile_all(arch: str, variants: Sequence[str]) -> Iterator[Row]:
