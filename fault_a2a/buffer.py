@@ -13,6 +13,7 @@ import torch
 
 from fault_a2a import ops
 from fault_a2a._core import core
+from fault_a2a.backends import resolved
 from fault_a2a.checks import (
     check_expert_rows,
     check_kind,
@@ -60,7 +61,7 @@ class Buffer(Collectives, Membership, PlantedFaults):
             raise TypeError(f"config is a {type(config).__name__}; give a fault_a2a.Config")
         if join and self.group.fabric is not None:
             raise ValueError("join: virtual ranks cannot join; give a Group of processes, without a fabric")
-        self.config = config
+        self.config = resolved(config)
         self.placement = config.placement_for(self.num_ranks)
         self.num_local_experts = self.placement.num_local_experts(self.group.rank)
         self.capacity = config.capacity(self.num_ranks)

@@ -77,7 +77,8 @@ def examine() -> Found:
         exit_evidence = _probe_exit_evidence()
     machine["exit_evidence"] = exit_evidence
     backends = {"cpu": _cpu(core_why, machine), "triton": _triton(), "cuda": _cuda()}
-    return {"version": __version__, "backends": backends, "machine": machine, "advice": _advice(machine)}
+    answer = {"version": __version__, "backends": backends, "auto": _auto()}
+    return {**answer, "machine": machine, "advice": _advice(machine)}
 
 
 # -- backends --------------------------------------------------------------------------------------------------------
@@ -113,6 +114,18 @@ def _triton() -> Found:
 def _cuda() -> Found:
     why = "CUDA kernels compile (fault-a2a compile) and are launched on a GPU by a later release"
     return {"available": False, "why": f"{why}; {_gpus()}"}
+
+
+def _auto() -> Found:
+    """What ``Config(backend="auto")`` is here, and why it is none of those before it."""
+    try:
+        from fault_a2a.backends import ORDER, choose, this_machine, why_not
+    except ImportError as error:
+        return {"backend": None, "why": str(error)}
+    machine = this_machine()
+    chosen = choose(machine)
+    passed = [f"{backend}: {why_not(backend, machine)}" for backend in ORDER[: ORDER.index(chosen)]]
+    return {"backend": chosen, "why": "; ".join(passed) or "the first choice"}
 
 
 def _gpus() -> str:
@@ -328,6 +341,7 @@ def _lines(answer: Found) -> list[str]:
     lines = [f"fault_a2a {answer['version']}, Python {machine['python']}, torch {machine['torch']}", "", "backends"]
     for name, backend in answer["backends"].items():
         lines.append(f"  {name:<7} {'yes' if backend['available'] else 'no':<4} {backend['why']}")
+    lines.append(f"  auto    {answer['auto']['backend']} ({answer['auto']['why']})")
     room = f"{memory['free_bytes'] / _MB:,.0f} of {memory['size_bytes'] / _MB:,.0f} MB free"
     took = f"yes, a killed process was noticed after {evidence['took_ms']} ms"
     lines += [
