@@ -101,7 +101,7 @@ def _constants(at: Any) -> Iterator[tuple[Any, dict[str, Any]]]:
     yield window.signal, {"OPENS": words.OPENED.value, "COUNTS": words.ROWS_TO.value, **signal, **kind}
     yield window.show_phase, {}
     yield window.wait_for_words, {**signal, **kind, **wait}
-    yield expand.take_headers, {"PLANT": 0}
+    yield expand.take_headers, {}
     yield expand.rank_rows, {}
     yield expand.assign_places, {}
     yield expand.copy_rows, {"HAS_SCALES": int(at.scale_bytes > 0), "HAS_WEIGHTS": 0}

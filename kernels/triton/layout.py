@@ -33,6 +33,9 @@ BAD_EXPERT, REPEATED_EXPERT = 1, 2
 DTYPES = {"bfloat16": 0, "float16": 1, "float32": 2}
 QUANTIZE = {"never": 0, "float32": 1, "ue8m0": 2}
 
+# As csrc/protocol/guards.hpp numbers them. Only in the test build one can be out.
+GUARDS = {name: 1 << place for place, name in enumerate(core.guard_names())}
+
 MAX_RANKS = NUMBERS["max_ranks"]
 MAX_TOKENS_BLOCK, MAX_EXPERTS_BLOCK, MAX_COPY_BLOCK, MAX_SUM_BLOCK = 32, 64, 1024, 1024
 
@@ -117,6 +120,8 @@ class Layout:
     lane_claims: int
     lane_first: int
     lane_bytes: int
+    # Whose guards are out, one bit each: a constant, so that in production nothing of a switch is left.
+    guards_off: int = 0
 
     @property
     def element_bytes(self) -> int:

@@ -6,6 +6,7 @@ launched again; in between this rank sleeps on its doorbell, as the CPU's kernel
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -24,7 +25,7 @@ Dispatched = tuple[str, int, int, int, int, int]  # status, round, rows received
 # An interpreted kernel keeps all other threads of this process from theirs while it looks.
 NUM_POLLS = 2 if INTERPRETED else 1 << 14
 NUM_LANES = NUMBERS["num_parities"]
-NO_PLANT, PLANT_UNBOUNDED, PLANT_UNCLAMPED, PLANT_SIGNAL_FIRST = 0, 1, 2, 3
+NO_PLANT, PLANT_UNBOUNDED, PLANT_SIGNAL_FIRST = 0, 1, 2  # beside the guards, for the tests that must find them
 _POINTS = {name: idx for idx, name in enumerate(core.phases())}
 _PHASES = {name: NUMBERS[f"phase_{name}"] for name in ("caller", "closed")}
 _WRONG = {layout.BAD_EXPERT: "bad_expert", layout.REPEATED_EXPERT: "repeated_expert"}
@@ -95,7 +96,9 @@ class Rank:
             status = "closed" if self._closed else self.endpoint.status()
             if status in ("evicted", "closed"):
                 return answer(status)
-            self._cut_off()
+            if core.has_hooks:
+                self._take_guards_out()
+                self._cut_off()
             try:
                 return work()
             except _Crashed:
@@ -258,7 +261,7 @@ class Rank:
         self, lane: Lane, recv_x: int, recv_scales: int, recv_weights: int, counts: int, offsets: int
     ) -> None:
         at = self.at
-        launch(expand.take_headers, self.num_ranks, lane.address, at, self.plant)
+        launch(expand.take_headers, self.num_ranks, lane.address, at)
         num_blocks = -(-at.num_local_experts // at.experts_block)
         launch(expand.rank_rows, self.num_ranks * num_blocks, lane.address, at)
         self._stats["num_rejected"] += int(((lane.column("heard") == layout.PRESENT) & (lane.column("bad") != 0)).sum())
@@ -425,9 +428,13 @@ class Rank:
         if core.has_hooks and self.endpoint.reach(_POINTS[point], lane.round_number):
             raise _Crashed
 
+    def _take_guards_out(self) -> None:
+        if self.at.guards_off != core.guards_off():
+            self.at = dataclasses.replace(self.at, guards_off=core.guards_off())
+
     def _cut_off(self) -> None:
         """What goes to a rank that is cut off goes nowhere."""
-        cut = self.endpoint.cut_ranks() if core.has_hooks else []
+        cut = self.endpoint.cut_ranks()
         if not cut:
             return
         if self._sink is None:
