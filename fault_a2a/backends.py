@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from fault_a2a import nvrtc
 from fault_a2a.config import Config
 
 # The first that can run here is taken. Triton's kernels are none of a CPU's: the interpreter is for tests.
@@ -23,13 +24,15 @@ class Machine:
 
     Attributes:
         gpu: the name of the current CUDA or ROCm device, "" where torch finds none.
-        reaches_host: whether kernels on that device may use the host's memory by the host's own addresses. A rank's
-            windows and words lie there, and so do the tensors that a ``Buffer`` takes.
+        compiles_cuda: whether CUDA's kernels can be compiled for it: it is NVIDIA's, and NVRTC is found.
+        reaches_host: whether kernels on that device may use the host's memory by the host's own addresses. With Triton
+            a rank's windows and words lie there, and so do its tensors.
         has_triton: whether Triton is installed.
         interprets: whether Triton's kernels run in its interpreter, on the CPU.
     """
 
     gpu: str
+    compiles_cuda: bool
     reaches_host: bool
     has_triton: bool
     interprets: bool
@@ -42,6 +45,7 @@ def this_machine() -> Machine:
     wanted = os.environ.get("TRITON_INTERPRET", "")
     return Machine(
         gpu=torch.cuda.get_device_name() if has_gpu else "",
+        compiles_cuda=has_gpu and torch.version.cuda is not None and nvrtc.load() is not None,
         reaches_host=has_gpu and _reaches_host(torch.cuda.current_device()),
         has_triton=importlib.util.find_spec("triton") is not None,
         interprets=not has_gpu if wanted == "" else wanted == "1",
@@ -55,7 +59,7 @@ def why_not(backend: str, machine: Machine) -> str:
     if not machine.gpu:
         return "torch finds no GPU"
     if backend == "cuda":
-        return "its kernels are launched from Python by a later release"
+        return "" if machine.compiles_cuda else "no NVRTC for an NVIDIA GPU; run `pip install fault_a2a[cuda13]`"
     if not machine.has_triton:
         return "Triton is not installed; run `pip install fault_a2a[triton]`"
     if machine.interprets:
@@ -66,7 +70,9 @@ def why_not(backend: str, machine: Machine) -> str:
 
 
 def choose(machine: Machine, num_chunks: int = 1) -> str:
-    """The backend of a rank on this machine: CUDA's kernels if they run, else Triton's on a GPU, else the CPU's.
+    """The backend of a rank on this machine: CUDA's kernels if they compile, else Triton's on a GPU, else the CPU's.
+
+    Not run on a GPU: it follows what torch, NVRTC and the driver say of one.
 
     ``num_chunks``: more than one are a stream, which only the CPU's kernels send.
     """

@@ -21,14 +21,15 @@ class LentMemory:
     A tensor is its holder's for as long as anything refers to it, a view or a compiler's computation in place included.
     """
 
-    def __init__(self, shape: Sequence[int], dtype: torch.dtype) -> None:
-        self.shape, self.dtype = list(shape), dtype
+    def __init__(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device | None = None) -> None:
+        self.shape, self.dtype, self.device = list(shape), dtype, device or torch.device("cpu")
         self.num_bytes = math.prod(shape) * dtype.itemsize
         self._idle: list[np.ndarray] = []
 
     def lend(self) -> torch.Tensor:
-        if self.num_bytes < MIN_BYTES:
-            return torch.empty(self.shape, dtype=self.dtype)
+        # On a GPU torch keeps what it has, and a graph that is captured needs it from there.
+        if self.num_bytes < MIN_BYTES or self.device.type != "cpu":
+            return torch.empty(self.shape, dtype=self.dtype, device=self.device)
         memory = self._idle.pop() if self._idle else np.empty(self.num_bytes + ALIGNMENT, dtype=np.uint8)
         first = -memory.ctypes.data % ALIGNMENT
         lent = memory[first : first + self.num_bytes]

@@ -15,8 +15,8 @@ from fault_a2a.config import Config
 from fault_a2a.testing.virtual import VirtualRanks
 from tests.rig import Work, run_checked
 
-CPU_ONLY = Machine(gpu="", reaches_host=False, has_triton=True, interprets=True)
-COHERENT = Machine(gpu="NVIDIA GH200", reaches_host=True, has_triton=True, interprets=False)
+CPU_ONLY = Machine(gpu="", compiles_cuda=False, reaches_host=False, has_triton=True, interprets=True)
+COHERENT = Machine(gpu="NVIDIA GH200", compiles_cuda=False, reaches_host=True, has_triton=True, interprets=False)
 SIZES = {"num_experts": 4, "hidden": 16, "num_topk": 2, "num_max_tokens_per_rank": 4}
 
 
@@ -24,7 +24,8 @@ def changed(**changes: object) -> Machine:
     return dataclasses.replace(COHERENT, **changes)
 
 
-def test_a_gpu_runs_triton_and_everything_else_the_cpu() -> None:
+def test_cuda_where_it_compiles_else_triton_on_a_gpu_else_the_cpu() -> None:
+    assert choose(changed(compiles_cuda=True)) == "cuda"
     assert choose(COHERENT) == "triton"
     others = {
         "no GPU": CPU_ONLY,
@@ -37,23 +38,19 @@ def test_a_gpu_runs_triton_and_everything_else_the_cpu() -> None:
 
 
 def test_every_machine_has_an_answer_and_every_refusal_a_reason() -> None:
-    for gpu, *rest in itertools.product(("", "a GPU"), *[(False, True)] * 3):
+    for gpu, *rest in itertools.product(("", "a GPU"), *[(False, True)] * 4):
         machine = Machine(gpu, *rest)
         answer = choose(machine)
         assert why_not(answer, machine) == ""
         assert all(why_not(earlier, machine) for earlier in backends.ORDER[: backends.ORDER.index(answer)])
 
 
-def test_cuda_comes_first_once_it_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "later release" in why_not("cuda", COHERENT) and "no GPU" in why_not("cuda", CPU_ONLY)
-    monkeypatch.setattr(backends, "why_not", lambda backend, machine: "")
-    assert choose(COHERENT) == "cuda"
-
-
 def test_a_stream_is_sent_by_the_cpu() -> None:
     config = Config(**SIZES, num_chunk_tokens=2, backend="auto")
     assert resolved(config, COHERENT).backend == "cpu"
-    assert resolved(dataclasses.replace(config, num_chunk_tokens=4), COHERENT).backend == "triton"
+    whole = dataclasses.replace(config, num_chunk_tokens=4)
+    assert resolved(whole, COHERENT).backend == "triton"
+    assert resolved(whole, changed(compiles_cuda=True)).backend == "cuda"
 
 
 def test_triton_on_a_gpu_that_cannot_reach_the_windows_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,10 +69,10 @@ def test_triton_on_a_gpu_that_cannot_reach_the_windows_is_refused(monkeypatch: p
 
 def test_what_is_named_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "this_machine", lambda: pytest.fail("nobody asked for a choice"))
-    for backend in ("cpu", "cuda-host"):
+    for backend in ("cpu", "cuda", "cuda-host"):
         config = Config(**SIZES, backend=backend)
         assert resolved(config) is config
-    assert Config(**SIZES).backend == "cpu"  # a Buffer takes CPU tensors
+    assert Config(**SIZES).backend == "cpu"  # what tensors a Buffer takes does not depend on where it runs
 
 
 def test_a_group_that_leaves_it_open(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,12 +114,16 @@ def test_a_device_is_asked_whether_it_reaches_the_host(
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(backends.ctypes, "CDLL", lambda name: Driver(pageable, status))
+    monkeypatch.setattr(backends.nvrtc, "load", lambda: object())
     found = this_machine()
-    assert (found.gpu, found.reaches_host, found.interprets) == ("a GPU", reaches, False)
+    assert (found.gpu, found.reaches_host, found.interprets) == ("a GPU", reaches, False) and found.compiles_cuda
+    monkeypatch.setattr(backends.nvrtc, "load", lambda: None)
+    assert not this_machine().compiles_cuda
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert this_machine().interprets
     monkeypatch.setattr(torch.version, "cuda", None)  # ROCm: nothing is known of it here
-    assert not this_machine().reaches_host
+    monkeypatch.setattr(backends.nvrtc, "load", lambda: object())
+    assert not this_machine().reaches_host and not this_machine().compiles_cuda
 
 
 def test_no_driver_and_no_device(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -77,7 +77,7 @@ class Buffer:
 
     def get_local_buffer_tensor(self, dtype: torch.dtype, size: Any = None, **unused: Any) -> torch.Tensor:
         """For callers that zero it after a fault: there is nothing to zero, as late rows are told by their words."""
-        return torch.empty([0], dtype=dtype)
+        return torch.empty([0], dtype=dtype, device=self._buffers.device)
 
     # -- rounds --------------------------------------------------------------------------------------------------------
 
@@ -138,7 +138,7 @@ class Buffer:
     def get_next_low_latency_combine_buffer(self, handle: OpenLayer) -> torch.Tensor:
         """Memory for the experts' output; any other will do as well."""
         buffer = handle.handle.buffer
-        return torch.empty(buffer.recv_shape, dtype=buffer.config.dtype)
+        return torch.empty(buffer.recv_shape, dtype=buffer.config.dtype, device=buffer.device)
 
     def destroy(self) -> None:
         self._buffers.close()

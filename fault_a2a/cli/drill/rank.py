@@ -161,16 +161,17 @@ class DrillRank:
 
         began_ns = core.now_ns()
         self.buffer.begin_step()
-        recv, handle = self.buffer.dispatch(x, topk_idx, topk_weights)
-        sources = handle.sources()
+        device = self.buffer.device
+        recv, handle = self.buffer.dispatch(x.to(device), topk_idx.to(device), topk_weights.to(device))
+        recv, sources = recv.to(torch.device("cpu")), handle.sources()
         rows = recv.x.reshape(-1, self.drill.hidden)[sources[:, 0].long()]  # a copy: recv.x ends with its combine
-        y = self._experts(recv)
+        y = self._experts(recv).to(device)
         out, outcome = self.buffer.combine(y, handle)
         end_ns = core.now_ns()
 
         self._tell_seen()
         num_corrupt = self.judge.num_corrupt_rows(step, rows, sources, recv.num_tokens)
-        accounts = self.judge.accounts(step, out, outcome.codes, self._active_mask(round_number))
+        accounts = self.judge.accounts(step, out.cpu(), outcome.codes.cpu(), self._active_mask(round_number))
         exact, why = accounts.exact, accounts.why
         if bool(outcome.lost) != bool(accounts.lost_on):
             exact, why = False, f"outcome.lost says {bool(outcome.lost)}, its codes say {bool(accounts.lost_on)}"
