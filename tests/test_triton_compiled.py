@@ -42,6 +42,12 @@ def test_every_kernel_compiles(capsys: pytest.CaptureFixture) -> None:
 
 
 @pytest.mark.slow
+def test_every_kernel_compiles_for_an_amd_chip() -> None:
+    """Which says that nothing in them is NVIDIA's alone, and not that they work there."""
+    check(kernel_rows(("gfx942",), ("bfloat16",)), ("gfx942",), ("bfloat16",))
+
+
+@pytest.mark.slow
 def test_every_kernel_compiles_for_every_chip() -> None:
     check(kernel_rows(), ARCHS, VARIANTS)
 

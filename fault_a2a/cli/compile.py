@@ -30,7 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--arch",
         default=",".join(kernel_compiler.ARCHS),
         metavar="CC[,CC]",
-        help="compute capabilities to compile for (%(default)s); Triton's rows call 90a 90, and mean the same code",
+        help="compute capabilities to compile for (%(default)s); Triton's rows call 90a 90, and mean the same code; "
+        "Triton's for AMD too: gfx942, gfx950",
     )
     parser.add_argument(
         "--variant",
@@ -77,7 +78,8 @@ def _cuda_rows(archs: list[str], variants: list[str]) -> list[Row]:
 
 def _triton_rows(archs: list[str], variants: list[str]) -> list[Row]:
     # Triton adds the "a" of 90a itself, and knows no chip by it.
-    rows: list[Row] = triton_compiler.kernel_rows(list(dict.fromkeys(arch.rstrip("af") for arch in archs)), variants)
+    chips = [arch if arch.startswith("gfx") else arch.rstrip("af") for arch in archs]
+    rows: list[Row] = triton_compiler.kernel_rows(list(dict.fromkeys(chips)), variants)
     return rows
 
 

@@ -19,17 +19,20 @@ from typing import Any
 
 # Compute capabilities as Triton names them; its own choice adds the "a" of 90a and its successors.
 ARCHS = ("90", "100", "103", "120")
+# AMD's, for which there is no assembly in these kernels: the portable ways beside it are taken.
+AMD_ARCHS = ("gfx942", "gfx950")
 VARIANTS = ("bfloat16", "float32", "float16")
 TIMEOUT_S = 600
 _MODULE = "fault_a2a.kernels.triton.compiled"
-_WARP = 32
+_WARP, _AMD_WARP = 32, 64
 
 Row = dict[str, Any]  # kernel, arch, variant, registers, spill_bytes, shared_bytes
 
 
 def kernel_rows(archs: Sequence[str] = ARCHS, variants: Sequence[str] = VARIANTS) -> list[Row]:
-    """Compiles every Triton kernel for every chip of ``archs`` ("90" ...) and type of rows. Needs no GPU; blocks, tens
-    of seconds, since a process of its own does it: whether Triton interprets is settled when it is imported.
+    """Compiles every Triton kernel for every chip of ``archs`` ("90", "gfx942" ...) and type of rows. Needs no GPU.
+
+    Blocks, tens of seconds: a process of its own does it, since whether Triton interprets is settled at its import.
 
     Returns:
         one dict a kernel and chip: kernel, arch, variant, registers, spill_bytes, shared_bytes. The layout is that of
@@ -38,10 +41,10 @@ def kernel_rows(archs: Sequence[str] = ARCHS, variants: Sequence[str] = VARIANTS
         two casts, where scales are UE8M0.
 
     Raises:
-        ValueError: an arch or variant that is none of ``ARCHS`` or ``VARIANTS``.
+        ValueError: an arch or variant that is none of ``ARCHS``, ``AMD_ARCHS`` or ``VARIANTS``.
         RuntimeError: Triton is not there, or does not compile a kernel; the text says which.
     """
-    for name, chosen, known in (("archs", archs, ARCHS), ("variants", variants, VARIANTS)):
+    for name, chosen, known in (("archs", archs, (*ARCHS, *AMD_ARCHS)), ("variants", variants, VARIANTS)):
         unknown = [one for one in chosen if one not in known]
         if unknown:
             raise ValueError(f"{name}: {unknown[0]!r} is not known; pass some of {', '.join(known)}.")
@@ -145,9 +148,12 @@ def _compile(kernel: Any, arch: str, constants: dict[str, Any], at: Any) -> Any:
 
     names = list(inspect.signature(kernel.fn).parameters)
     constants = {**({"at": at} if "at" in names else {}), **constants}
+    target = GPUTarget("cuda", int(arch), _WARP) if arch in ARCHS else GPUTarget("hip", arch, _AMD_WARP)
+    if "HAS_PTX" in constants:
+        constants["HAS_PTX"] = target.backend == "cuda"
     types = {name: "constexpr" if name in constants else "i32" if name in _INT32 else "i64" for name in names}
     source = triton.compiler.ASTSource(fn=kernel, signature=types, constexprs=constants)
-    return triton.compile(source, target=GPUTarget("cuda", int(arch), _WARP), options={"enable_fp_fusion": False})
+    return triton.compile(source, target=target, options={"enable_fp_fusion": False})
 
 
 _REGISTERS = re.compile(r"Used (\d+) registers")
@@ -171,6 +177,18 @@ def _taken_of(ptx: str, arch: str) -> tuple[int, int]:
     if done.returncode != 0 or registers is None or spills is None:
         raise RuntimeError(f"{ptxas} does not assemble a kernel for {target[1]}: {done.stderr.strip()}")
     return int(registers[1]), int(spills[1]) + int(spills[2])
+
+
+_AMD_REGISTERS = re.compile(r"\.vgpr_count:\s+(\d+)")
+_AMD_SPILLS = re.compile(r"\.vgpr_spill_count:\s+(\d+)")
+_REGISTER_BYTES = 4
+
+
+def _taken_of_amd(assembly: str) -> tuple[int, int]:
+    """(vector registers, bytes spilled) of a kernel, as its metadata says."""
+    registers, spills = _AMD_REGISTERS.search(assembly), _AMD_SPILLS.search(assembly)
+    assert registers is not None and spills is not None, "no metadata in the assembly"
+    return int(registers[1]), int(spills[1]) * _REGISTER_BYTES
 
 
 _TOUCH_ROWS = (
@@ -200,7 +218,8 @@ def _row(kernel: Any, arch: str, variant: str, constants: dict[str, Any], at: An
         compiled = _compile(kernel, arch, constants, at)
     except Exception as error:
         raise RuntimeError(f"{name} for {arch}, {variant}: {error}") from error
-    registers, spill_bytes = _taken_of(compiled.asm["ptx"], arch)
+    text = compiled.asm
+    registers, spill_bytes = _taken_of(text["ptx"], arch) if arch in ARCHS else _taken_of_amd(text["amdgcn"])
     used = {"registers": registers, "spill_bytes": spill_bytes, "shared_bytes": compiled.metadata.shared}
     return {"kernel": f"triton.{name}", "arch": arch, "variant": variant, **used}
 
