@@ -135,23 +135,23 @@ def _op_constants(at: Any) -> Iterator[tuple[Any, dict[str, Any]]]:
         yield kernel, ops_quantize.constants(at.hidden, dtype, is_ue8m0=at.quantize != 0)
 
 
-# What is no address, nor a time, and fits into an int32.
-_INT32 = (
-    *("num_tokens", "first_token", "num_polls", "is_first", "first_step", "last_step", "phase", "is_abandoned"),
-    "num_rows",
-)
+# Numbers that do not fit into an int32 in every launch.
+_TIMES = ("base_ns", "ns_per_poll", "tick_ns", "round_number", "next_round", "owed_0", "owed_1")
 
 
 def _compile(kernel: Any, arch: str, constants: dict[str, Any], at: Any) -> Any:
     import triton
     from triton.backends.compiler import GPUTarget
 
+    from fault_a2a.kernels.triton.target import NUMBERS
+
     names = list(inspect.signature(kernel.fn).parameters)
     constants = {**({"at": at} if "at" in names else {}), **constants}
     target = GPUTarget("cuda", int(arch), _WARP) if arch in ARCHS else GPUTarget("hip", arch, _AMD_WARP)
     if "HAS_PTX" in constants:
         constants["HAS_PTX"] = target.backend == "cuda"
-    types = {name: "constexpr" if name in constants else "i32" if name in _INT32 else "i64" for name in names}
+    small = NUMBERS.difference(_TIMES)
+    types = {name: "constexpr" if name in constants else "i32" if name in small else "i64" for name in names}
     source = triton.compiler.ASTSource(fn=kernel, signature=types, constexprs=constants)
     return triton.compile(source, target=target, options={"enable_fp_fusion": False})
 

@@ -128,8 +128,8 @@ class Layout:
         return self.hidden_bytes // self.hidden
 
 
-def layout_of(fields: dict[str, Any]) -> Layout:
-    """The layout of one rank, out of what its native core was made from (``core_fields``)."""
+def layout_of(fields: dict[str, Any], copy_block: int = MAX_COPY_BLOCK, sum_block: int = MAX_SUM_BLOCK) -> Layout:
+    """The layout of one rank, out of what its native core was made from (``core_fields``). The blocks: at most."""
     window = core.window_layout(fields)
     ranks, topk, tokens = fields["num_ranks"], fields["num_topk"], fields["num_max_tokens_per_rank"]
     local, choices = fields["max_local_experts"], window["max_choices"]
@@ -175,8 +175,8 @@ def layout_of(fields: dict[str, Any]) -> Layout:
         choices_block=block(choices),
         tokens_block=min(block(tokens), MAX_TOKENS_BLOCK),
         experts_block=min(block(local), MAX_EXPERTS_BLOCK),
-        copy_block=min(block(max(fields["payload_bytes"], fields["hidden_bytes"]) // 8), MAX_COPY_BLOCK),
-        sum_block=min(block(hidden), MAX_SUM_BLOCK),
+        copy_block=min(block(max(fields["payload_bytes"], fields["hidden_bytes"]) // 8), copy_block),
+        sum_block=min(block(hidden), sum_block),
         **lane,
         lane_bytes=at,
     )

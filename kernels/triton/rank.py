@@ -17,7 +17,8 @@ from fault_a2a._core import core
 from fault_a2a.kernels.triton import combine, dispatch, expand, layout, window, words
 from fault_a2a.kernels.triton.lane import Lane
 from fault_a2a.kernels.triton.layout import NUMBERS, layout_of
-from fault_a2a.kernels.triton.target import HAS_PTX, INTERPRETED, launch
+from fault_a2a.kernels.triton.target import HAS_PTX, INTERPRETED, SOME_ADDRESS, compile_ahead, launch
+from fault_a2a.kernels.triton.tuning import blocks_for
 
 T = TypeVar("T")
 Dispatched = tuple[str, int, int, int, int, int]  # status, round, rows received; of a wrong choice: where, and what
@@ -46,7 +47,8 @@ class Rank:
     """
 
     def __init__(self, endpoint: Any, fields: dict[str, Any]) -> None:
-        self.endpoint, self.at = endpoint, layout_of(fields)
+        blocks = blocks_for(fields)
+        self.endpoint, self.at = endpoint, layout_of(fields, blocks.copy, blocks.sum)
         self.plant = NO_PLANT
         self.num_ranks = fields["num_ranks"]
         self._device = "cpu" if INTERPRETED else "cuda"
@@ -66,9 +68,27 @@ class Rank:
         self._stats = {"num_rounds": 0, "num_rejected": 0, "num_rechecks": 0, "num_lost": 0, "num_unroutable": 0}
         self._from_source = torch.zeros(self.num_ranks, 3, dtype=torch.int64)  # rows, bytes, failures
         self._ns_per_poll = 0 if HAS_PTX else self._time_a_poll()
+        self._compile()
 
     def _table(self, values: list[int], dtype: torch.dtype = torch.int64) -> torch.Tensor:
         return torch.tensor(values, dtype=dtype, device=self._device)
+
+    def _compile(self) -> None:
+        """What the warm-up round does not come to, which has no tokens and so no rows.
+
+        Its first use would be in a round in which time counts, and a compilation longer than ``stall_ms`` is taken for a
+        death.
+        """
+        lane, at, outbound = self._lanes[0].address, self.at, self._outbound.data_ptr()
+        for is_64_bit in (0, 1):
+            compile_ahead(dispatch.check_choices, SOME_ADDRESS, 1, lane, at, is_64_bit)
+        quantizes = at.quantize != layout.QUANTIZE["never"]
+        for has_scales in (0, 1) if quantizes else (int(at.scale_bytes > 0),):
+            rows = (SOME_ADDRESS, SOME_ADDRESS if has_scales else 0, SOME_ADDRESS, SOME_ADDRESS, lane, 0)
+            compile_ahead(dispatch.store_rows, *rows, at, has_scales)
+        compile_ahead(dispatch.route, SOME_ADDRESS, SOME_ADDRESS, 1, lane, at)
+        compile_ahead(combine.return_rows, SOME_ADDRESS, outbound, lane, at)
+        compile_ahead(combine.reduce_rows, *[SOME_ADDRESS] * 3, lane, at)
 
     def _time_a_poll(self) -> int:
         """How long one look of a wait takes, for kernels without a clock: a wait's time is read at each launch, and
