@@ -76,8 +76,7 @@ class Rank:
     def _compile(self) -> None:
         """What the warm-up round does not come to, which has no tokens and so no rows.
 
-        Its first use would be in a round in which time counts, and a compilation longer than ``stall_ms`` is taken for a
-        death.
+        Its first use would be in a round in which time counts, and a compilation longer than ``stall_ms`` is a death.
         """
         lane, at, outbound = self._lanes[0].address, self.at, self._outbound.data_ptr()
         for is_64_bit in (0, 1):
