@@ -13,6 +13,7 @@ import torch
 
 from fault_a2a import ops
 from fault_a2a._core import core
+from fault_a2a.backends import resolved
 from fault_a2a.checks import check_kind, check_kinds
 from fault_a2a.collectives import Collectives
 from fault_a2a.config import MAX_MS, MIN_BEATS_PER_SILENCE, Config
@@ -54,6 +55,7 @@ class Buffer(Halves, Collectives, Membership, PlantedFaults):
             raise TypeError(f"config is a {type(config).__name__}; give a fault_a2a.Config")
         if join and self.group.fabric is not None:
             raise ValueError("join: virtual ranks cannot join; give a Group of processes, without a fabric")
+        config = resolved(config)
         self.config = config
         self.device = device_of(config.backend)
         self.placement = config.placement_for(self.num_ranks)
