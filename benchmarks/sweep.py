@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from .dispatch_combine import measure
@@ -14,8 +12,6 @@ from .options import ask_library
 from .report import as_text
 from .teams import in_a_fork
 from .work import Shape
-
-_PICTURES = (".svg", ".png", ".pdf")
 
 
 def task(
@@ -74,24 +70,13 @@ def _table_line(row: dict[str, Any]) -> str:
     return "| " + " | ".join(map(str, [*what, *times])) + " |"
 
 
-def check_plot(file: str) -> None:
-    """Raises ``ValueError`` if the picture could not be drawn, before anything is measured."""
-    if Path(file).suffix not in _PICTURES:
-        raise ValueError(f"--plot: {file!r} does not end with {', '.join(_PICTURES)}")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("--plot: matplotlib is not installed: run `python -m pip install matplotlib`, or leave it out")
-
-
 def draw(record: dict[str, Any], file: str) -> None:
     """One group of bars a shape: the median pair of each system, with a whisker up to its 95th percentile."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
+    from fault_a2a.cli import pictures
 
     runs = record["runs"]
     systems = list(dict.fromkeys(row["system"] for row in record["rows"]))
-    figure, axes = pyplot.subplots(figsize=(2 + 2.2 * len(runs), 4.2), layout="constrained")
+    figure, axes = pictures.pyplot().subplots(figsize=(2 + 2.2 * len(runs), 4.2), layout="constrained")
     width = 0.8 / len(systems)
     for number, system in enumerate(systems):
         timed = [(place, row) for place, run in enumerate(runs) for row in run["rows"] if row["system"] == system]
@@ -106,10 +91,8 @@ def draw(record: dict[str, Any], file: str) -> None:
     axes.set_ylabel("dispatch + combine, ms (median, whisker to p95)")
     machine = runs[0]["machine"]
     axes.set_title(f"{machine['num_cores']} cores of {machine['cpu']}, {runs[0]['date'][:10]}", fontsize=9)
-    axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    figure.savefig(file)
-    pyplot.close(figure)
+    pictures.save(figure, file)
 
 
 def _caption(shape: dict[str, Any]) -> str:

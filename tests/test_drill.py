@@ -31,6 +31,8 @@ DRILLS = {
     "long stop": ["--stop", "1@10:900", *QUICK],
     "long stop from outside": ["--stop", "3@10+500:900", *QUICK],
     "cut": ["--cut", "1-2@10", *QUICK],
+    "slow": ["--slow", "1@10:1300", "--stall-ms", "500"],
+    "a little slow": ["--slow", "1@10:200"],
     "other formats": [
         *("--kill", "1@10", "--recv-format", "packed", "--reduce", "expert"),
         *("--on-lost", "renormalize", "--dtype", "fp32"),
@@ -100,6 +102,8 @@ def test_every_promise_holds(answers, name):
         ("short stop", [], None),
         ("long stop", [1], "silence"),
         ("long stop from outside", [3], "silence"),
+        ("slow", [1], "stall"),
+        ("a little slow", [], None),
         ("cuda-host", [1], "exit"),
         ("cuda-host with cpu", [1, 2], "exit"),
         ("cuda-host, long stop", [1], "silence"),
@@ -113,7 +117,7 @@ def test_who_goes_and_why(answers, name, evicted, evidence):
     for line in answer["faults"]:
         assert (line["detect_ms"] is None) == (line["evicted"] is None)
         if line["evicted"] is not None:
-            assert 0 <= line["detect_ms"] <= line["agree_ms"]
+            assert 0 <= line["suspect_ms"] <= line["detect_ms"] <= line["agree_ms"]
 
 
 @pytest.mark.parametrize("name", ["cut", "cuda-host, cut"])

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from fault_a2a.cli.pictures import check_picture
+
 _SHAPE = ("ranks", "tokens", "hidden", "topk", "experts", "dtype", "reduce", "recv_format")
 
 
@@ -48,7 +50,7 @@ def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     shapes: list[dict[str, Any]] = [dict(zip(_SHAPE, values, strict=True)) for values in combinations]
     try:
         if args.plot:
-            sweep.check_plot(args.plot)
+            check_picture("--plot", args.plot)
         chosen = peers.chosen_peers(args.peers)
         tasks = [sweep.task(shape, chosen, args.iterations, args.warm_up, args.seed) for shape in shapes]
     except ValueError as error:
