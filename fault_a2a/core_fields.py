@@ -26,7 +26,7 @@ def core_fields(config: Config, num_ranks: int, rank: int) -> dict[str, Any]:
         "expert_local": list(placement.expert_local),
         "num_local_experts": placement.num_local_experts(rank),
         "agree_by_windows": config.agreement == "windows",
-        "cuda_host": config.backend == "cuda-host",
+        "machine": "cpu" if config.backend == "triton" else config.backend,
         "num_sms": config.num_sms or 0,
         **{name: getattr(config, name) for name in _TIMEOUTS},
     }

@@ -43,7 +43,7 @@ PROGRAMS = {
             *("csrc/transport/faulty.cpp", "csrc/transport/local.cpp", "csrc/transport/partition.cpp"),
             *(f"kernels/cpu/{name}.cpp" for name in ("combine", "dispatch", "expand", "machine", "quantize", "reduce")),
             *("kernels/cpu/stream.cpp", "kernels/cpu/collect*.cpp"),
-            "kernels/cuda/twin/*.cpp",  # never run here: an endpoint can have either kernels
+            *("kernels/cuda/host/*.cpp", "kernels/cuda/twin/*.cpp"),  # never run here: an endpoint can have either
         ),
         ("-DFA2A_SIMULATED=1", "-DFA2A_MAX_RANKS=64", "-ffp-contract=off", "-fno-strict-aliasing", "-U_FORTIFY_SOURCE"),
     ),

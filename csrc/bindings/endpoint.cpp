@@ -124,7 +124,16 @@ void Endpoint::set_up_context() {
   context_.wire = wire_.get();
   context_.stalls.assign(static_cast<size_t>(config_.shape.num_ranks), StallWatch());
   context_.sources.assign(static_cast<size_t>(config_.shape.num_ranks), SourceStats());
-  if (config_.cuda_host) twin_ = std::make_unique<twin::TwinRank>(context_, config_.twin);
+  set_up_kernels();
+}
+
+void Endpoint::set_up_kernels() {
+  if (config_.machine == Machine::cpu) return;
+  cuda::WindowAddresses windows;
+  for (i32 partition = 0; partition < num_partitions(config_.shape); ++partition)
+    windows.inbound.push_back(fabric_->inbound(partition));
+  for (i32 owner = 0; owner < config_.shape.num_ranks; ++owner) windows.outbound.push_back(fabric_->outbound(owner));
+  cuda_ = std::make_unique<cuda::Rank>(context_, std::make_unique<twin::TwinGpu>(config_.twin), windows);
 }
 
 void Endpoint::start_pulse(const Decision& first, bool joining) {
@@ -188,7 +197,7 @@ Result Endpoint::call(Call work) {
 #if defined(FA2A_TEST_HOOKS) && FA2A_TEST_HOOKS
   try {
     result = work();
-    if (twin_ && twin_->is_stuck()) throw std::logic_error("a kernel has a barrier that not all of its threads reach");
+    if (cuda_ && cuda_->is_stuck()) throw std::logic_error("a kernel has a barrier that not all of its threads reach");
     return result;
   } catch (const Crashed&) {
     crash();
@@ -201,29 +210,33 @@ Result Endpoint::call(Call work) {
 }
 
 DispatchResult Endpoint::dispatch_send(const DispatchArgs& args) {
-  return call<DispatchResult>([&] { return twin_ ? twin_->dispatch_send(args) : fa2a::dispatch_send(context_, args); });
+  return call<DispatchResult>([&] { return cuda_ ? cuda_->dispatch_send(args) : fa2a::dispatch_send(context_, args); });
 }
 
 DispatchResult Endpoint::dispatch_receive(const ReceiveArgs& args) {
   return call<DispatchResult>(
-      [&] { return twin_ ? twin_->dispatch_receive(args) : fa2a::dispatch_receive(context_, args); });
+      [&] { return cuda_ ? cuda_->dispatch_receive(args) : fa2a::dispatch_receive(context_, args); });
 }
 
 CombineResult Endpoint::combine_send(const CombineArgs& args) {
-  return call<CombineResult>([&] { return twin_ ? twin_->combine_send(args) : fa2a::combine_send(context_, args); });
+  return call<CombineResult>([&] { return cuda_ ? cuda_->combine_send(args) : fa2a::combine_send(context_, args); });
 }
 
 CombineResult Endpoint::combine_receive(const ReduceArgs& args) {
   return call<CombineResult>(
-      [&] { return twin_ ? twin_->combine_receive(args) : fa2a::combine_receive(context_, args); });
+      [&] { return cuda_ ? cuda_->combine_receive(args) : fa2a::combine_receive(context_, args); });
 }
 
 CombineResult Endpoint::abandon(u64 round) {
-  return call<CombineResult>([&] { return twin_ ? twin_->abandon(round) : fa2a::abandon(context_, round); });
+  return call<CombineResult>([&] { return cuda_ ? cuda_->abandon(round) : fa2a::abandon(context_, round); });
 }
 
 CollectiveResult Endpoint::gather_all(const CollectiveArgs& args) {
-  return call<CollectiveResult>([&] { return fa2a::gather_all(context_, args); });
+  return call<CollectiveResult>([&] {
+    const CollectiveResult result = fa2a::gather_all(context_, args);
+    if (cuda_) cuda_->tell_settings();  // a kernel that waits asks whether this rank still owes a collective
+    return result;
+  });
 }
 
 void Endpoint::crash() {
@@ -247,6 +260,13 @@ i32 Endpoint::open_tokens(u64 round) const {
   return open.stage != Stage::closed && open.round == round ? open.num_tokens : -1;
 }
 
+const OpenRound* Endpoint::received_of(u64 round) {
+  std::lock_guard<std::mutex> lock(calls_);
+  if (cuda_) cuda_->list_received(round);
+  const OpenRound& open = context_.rounds[round % kNumParities];
+  return open.stage != Stage::closed && open.round == round ? &open : nullptr;
+}
+
 // Never collective. A call in progress ends within one wake-up, because every wait looks at the release word.
 void Endpoint::close() {
   if (state_) {
@@ -259,7 +279,7 @@ void Endpoint::close() {
   if (!pulse_) return;
   // Peers wait for an answer to every round that was opened.
   for (OpenRound& open : context_.rounds)
-    if (open.stage != Stage::closed) twin_ ? twin_->abandon(open.round) : fa2a::abandon(context_, open.round);
+    if (open.stage != Stage::closed) cuda_ ? cuda_->abandon(open.round) : fa2a::abandon(context_, open.round);
   pulse_->leave();
 }
 

@@ -9,10 +9,18 @@
 
 #include "kernels/cpu/collective.hpp"
 #include "kernels/cpu/context.hpp"
-#include "kernels/cuda/twin/rank.hpp"
+#include "kernels/cuda/host/rank.hpp"
+#include "kernels/cuda/twin/gpu.hpp"
 #include "membership/pulse.hpp"
 
 namespace fa2a {
+
+// What runs this rank's kernels.
+enum class Machine : u32 {
+  cpu,
+  cuda_host,  // the CUDA kernels, by their twin on this host, in the windows of the host
+  cuda        // a GPU, in windows of its own
+};
 
 struct EndpointConfig {
   Shape shape;
@@ -33,7 +41,7 @@ struct EndpointConfig {
   bool agree_by_windows = true;
   u64 first_round = 0;  // tests start just before a field's end
   u64 first_epoch = 0;
-  bool cuda_host = false;  // the CUDA kernels, run by their twin on this host
+  Machine machine = Machine::cpu;
   twin::TwinOptions twin;
   bool poison = false;  // fill fresh partitions with NaN, and their signal words with stale signals
 };
@@ -82,7 +90,8 @@ class Endpoint : private Doors {
   // For kernels that run outside: what is armed for this point happens. True: this rank has crashed.
   bool reach(Point point, u64 round);
 #endif
-  i32 open_tokens(u64 round) const;  // -1: that round is not open
+  i32 open_tokens(u64 round) const;         // -1: that round is not open
+  const OpenRound* received_of(u64 round);  // nullptr: that round is not open
 
   Pulse& pulse() { return *pulse_; }
   Context& context() { return context_; }
@@ -101,6 +110,7 @@ class Endpoint : private Doors {
   void update_tick();
   void fill_page(ControlPage& page, Life life);
   void set_up_context();
+  void set_up_kernels();
   void start_pulse(const Decision& first, bool joining);
   bool open_page(i32 rank, i32 pid, i32 fd) noexcept override;
   void fill_window(const View& members, u64 first_round, u64 first_collective) noexcept override;
@@ -118,8 +128,8 @@ class Endpoint : private Doors {
   std::unique_ptr<RankState> state_;
   std::unique_ptr<Pulse> pulse_;
   Context context_;
-  std::unique_ptr<twin::TwinRank> twin_;  // instead of the CPU kernels
-  std::mutex calls_;                      // one kernel at a time
+  std::unique_ptr<cuda::Rank> cuda_;  // instead of the CPU kernels
+  std::mutex calls_;                  // one kernel at a time
   bool closed_ = false;
   bool crashed_ = false;
   // Of a member, for whom a partition is ready; of a newcomer, which members it reaches and which know of it.

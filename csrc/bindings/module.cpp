@@ -119,6 +119,13 @@ WireFormat::Quantize quantize_named(const std::string& name) {
   throw py::value_error("quantize must be never, float32 or ue8m0, not " + name);
 }
 
+Machine machine_named(const std::string& name) {
+  if (name == "cpu") return Machine::cpu;
+  if (name == "cuda-host") return Machine::cuda_host;
+  if (name == "cuda") return Machine::cuda;
+  throw py::value_error("machine must be cpu, cuda-host or cuda, not " + name);
+}
+
 EndpointConfig config_of(const py::dict& fields) {
   EndpointConfig config;
   config.shape = shape_of(fields);
@@ -142,7 +149,7 @@ EndpointConfig config_of(const py::dict& fields) {
   config.settle_ms = fields["settle_ms"].cast<i64>();
   config.agreement_timeout_ms = fields["agreement_timeout_ms"].cast<i64>();
   config.agree_by_windows = fields["agree_by_windows"].cast<bool>();
-  config.cuda_host = fields["cuda_host"].cast<bool>();
+  config.machine = machine_named(fields["machine"].cast<std::string>());
   if (const i32 num_sms = fields["num_sms"].cast<i32>(); num_sms > 0) config.twin.num_blocks = num_sms;
   if (fields.contains("twin_threads")) config.twin.num_threads = fields["twin_threads"].cast<i32>();
   if (fields.contains("twin_seed")) config.twin.seed = fields["twin_seed"].cast<u64>();
@@ -229,8 +236,9 @@ py::tuple call_gather_all(Endpoint& endpoint, std::uintptr_t mine, u64 num_bytes
 // (row of recv.x, local expert, src_rank, src token, choice) of every row that a round received.
 std::vector<std::array<i32, 5>> sources(Endpoint& endpoint, u64 round) {
   std::vector<std::array<i32, 5>> out;
-  const OpenRound& open = endpoint.context().rounds[round % kNumParities];
-  if (open.stage == Stage::closed || open.round != round) return out;
+  const OpenRound* found = endpoint.received_of(round);
+  if (found == nullptr) return out;
+  const OpenRound& open = *found;
   for (i32 src = 0; src < endpoint.config().shape.num_ranks; ++src) {
     if (!open.taken.has(src)) continue;
     const auto first = static_cast<size_t>(open.received_from[static_cast<size_t>(src)]);

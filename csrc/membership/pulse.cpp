@@ -126,7 +126,8 @@ Evidence Pulse::look_at(i32 rank) {
   const u64 kind = signal_field::Attempt::unpack(wait.word) % kNumWordKinds;
   const u64 parity = signal_field::Round::unpack(wait.word) % kNumParities;
   sample.sent = load_acquire(&page.sent[options_.agreement.rank].words[kind][parity]);
-  wait.kernel_suspects = is_suspect(state_, rank) && !marked_.has(rank);
+  const bool is_stalled = load_acquire(&state_.stalled_in[rank]) == newest_view(state_.ring).epoch + 1;
+  wait.kernel_suspects = (is_suspect(state_, rank) || is_stalled) && !marked_.has(rank);
   const Timeouts timeouts{static_cast<i64>(load_relaxed(&state_.silence_ns[rank])), options_.link_ns};
   return detector_.judge(rank, sample, wait, timeouts);
 }

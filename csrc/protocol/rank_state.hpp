@@ -31,7 +31,7 @@ FA2A_HD constexpr bool was_sent(u64 sent, u64 waiting) {
 }
 
 struct RankState {
-  alignas(kLine) u64 started = 0;             // rounds begun so far; round r is number r + 1
+  alignas(kPage) u64 started = 0;  // rounds begun so far; round r is number r + 1. Whole pages: see Gpu::share
   alignas(kLine) u64 round_limit = kNoLimit;  // rounds from here on wait for a view
   alignas(kLine) RankSet suspects;            // kernels and host OR bits in; only an installed view takes them out
   alignas(kLine) u64 release = 0;
@@ -40,6 +40,9 @@ struct RankState {
   alignas(kLine) u64 waiting_since_ns[kMaxRanks] = {};
   alignas(kLine) u64 waiting_peer = 0;  // rank + 1 of the one whose word is being looked at now; 0: nobody's
   u64 waiting_word = 0;                 // which word that is; see pack_waiting
+  // epoch + 1 of the view in which a kernel on a GPU found this peer stalled: plain stores, because a chip's atomics
+  // and the host's do not see each other over every bus, and one of two bits in a word of `suspects` would be lost.
+  alignas(kLine) u64 stalled_in[kMaxRanks] = {};
   // Changeable while the group runs.
   alignas(kLine) u64 silence_ns[kMaxRanks] = {};
   u64 stall_ns[kMaxRanks] = {};

@@ -6,11 +6,6 @@
 namespace fa2a {
 namespace device {
 
-struct AnswerArgs {
-  const u8* y;   // as recv.x
-  bool abandon;  // answer everybody `declined`, give nothing back
-};
-
 struct AnswerShared {
   RowList list;
   u32 is_last;

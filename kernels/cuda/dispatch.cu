@@ -182,11 +182,6 @@ FA2A_DEVICE void put_claims(const DeviceRank& r, const DeviceRound& round) {
   }
 }
 
-struct SendArgs {
-  const u8* x;       // [num_tokens, hidden]
-  const u8* scales;  // of rows that come quantised; nullptr: x is of the type of `out`
-};
-
 FA2A_DEVICE void put_token(const DeviceRank& r, const SendArgs& args, i32 token, const SendShared& shared) {
   const auto row = static_cast<u64>(token);
   if (args.scales == nullptr && r.format.quantize != WireFormat::Quantize::never)

@@ -8,14 +8,6 @@
 namespace fa2a {
 namespace device {
 
-struct ReceivedTensors {
-  u8* recv_x;
-  u8* recv_scales;             // nullptr: rows have none
-  float* recv_weights;         // nullptr: weights are applied at the owner
-  i32* num_tokens_per_expert;  // [num_local_experts]
-  i32* offsets;                // [num_local_experts + 1]
-};
-
 // By all threads of one block, for every source in `round.taken`.
 template <class Work>
 FA2A_DEVICE void for_each_row(const DeviceRank& r, const DeviceRound& round, Work work) {

@@ -52,7 +52,8 @@ FA2A_DEVICE i32 bounded_count(const DeviceRank& r, const DeviceRound& round, i32
 }
 
 FA2A_DEVICE void copy_header(const DeviceRank& r, const DeviceRound& round, i32 src, i32 row) {
-  const u8* from = inbound(r, round, src) + r.at.row_headers[parity_of(round)] + r.at.header_stride * static_cast<u64>(row);
+  const u8* from =
+      inbound(r, round, src) + r.at.row_headers[parity_of(round)] + r.at.header_stride * static_cast<u64>(row);
   u8* to = const_cast<u8*>(header_at(r, round, src, row));
   for (u64 at = 0; at < r.at.header_stride; at += sizeof(Vector16))
     *reinterpret_cast<Vector16*>(to + at) = *reinterpret_cast<const Vector16*>(from + at);
@@ -91,7 +92,8 @@ FA2A_DEVICE void count_choices(const DeviceRank& r, DeviceRound& round, i32 src)
     const i32 row = base + lane();
     const i32 mine = row < num_rows ? num_choices_at(header_at(r, round, src, row)) : 0;
     const i32 prefix = warp_prefix(mine);
-    if (row < num_rows) round.first_choice[static_cast<i64>(src) * r.at.num_dispatch_rows + row] = total + prefix - mine;
+    if (row < num_rows)
+      round.first_choice[static_cast<i64>(src) * r.at.num_dispatch_rows + row] = total + prefix - mine;
     total += shuffle(prefix, kWarpLanes - 1);
   }
   if (lane() == 0) round.num_choices_from[src] = total;

@@ -1,5 +1,5 @@
-// How a thread of a GPU rests inside the one wait: a pause between looks, the rank's tick, and a stall judged by its own
-// clock. One thread waits for one peer; all peers are waited for at once.
+// How a thread of a GPU rests inside the one wait: a pause between looks, the rank's tick, and a stall judged by its
+// own clock. One thread waits for one peer; all peers are waited for at once.
 #pragma once
 
 #include "kernels/cuda/rank.cuh"
@@ -85,7 +85,8 @@ class DeviceMachine {
     return owed && guarded(guard_mutual_wait) ? progress & ~progress_field::Tick::pack(~0ull) : progress;
   }
 
-  // Peers push their progress into my window, so this reads local memory only.
+  // Peers push their progress into my window, so this reads local memory only. The host's thread makes a suspicion of
+  // what is said here, and that ends the wait.
   FA2A_DEVICE void judge_stall(i32 peer, i64 now) {
     const u64 progress = progress_of(peer);
     const i64 timeout_ns = static_cast<i64>(load_relaxed(&r_.state->stall_ns[peer]));
@@ -94,7 +95,8 @@ class DeviceMachine {
       seen_ = progress;
       seen_ns_ = now;
     }
-    if (now - seen_ns_ >= timeout_ns) suspect(*r_.state, peer);
+    if (now - seen_ns_ < timeout_ns) return;
+    store_release(&r_.state->stalled_in[peer], r_.rounds[round_ % kNumParities].epoch + 1);
   }
 
   // One tick a rank, by whichever waiting thread comes first.
@@ -139,8 +141,8 @@ FA2A_DEVICE bool wait_for_all(DeviceRank& r, DeviceRound& round, Verb verb, Phas
   for (i32 peer = thread_idx(); peer < r.shape.num_ranks && !released; peer += num_threads()) {
     if (!round.active.has(peer)) continue;
     DeviceMachine machine(r, round.round, phase, signal_kind(verb));
-    const Waited waited = wait_for(machine, *r.state, peer,
-                                   [&] { return look_often([&] { return read_word(r, round, verb, peer); }); });
+    const Waited waited =
+        wait_for(machine, *r.state, peer, [&] { return look_often([&] { return read_word(r, round, verb, peer); }); });
     released = waited == Waited::released;
     if (waited == Waited::present)
       heard(peer, load_signal(r, round, verb, peer));

@@ -36,7 +36,8 @@ struct Float16 {
     if (magnitude > kInfinityBits) return static_cast<u16>(0x7e00u | sign);
     if (magnitude >= 143u << 23) return static_cast<u16>(0x7c00u | sign);
     // 0.5 has units of 2^-24 in its last place: the addition rounds a denormal, to even, by itself.
-    if (magnitude < 113u << 23) return static_cast<u16>((bits_of(add(float_of(magnitude), 0.5f)) - (126u << 23)) | sign);
+    if (magnitude < 113u << 23)
+      return static_cast<u16>((bits_of(add(float_of(magnitude), 0.5f)) - (126u << 23)) | sign);
     return static_cast<u16>(((magnitude - (112u << 23) + 0xfffu + (bits >> 13 & 1u)) >> 13) | sign);
   }
 };
@@ -51,7 +52,8 @@ struct Float32 {
 FA2A_DEVICE u8 to_e4m3_in_range(float value) {
   const u32 bits = bits_of(value), magnitude = bits & kMagnitudeBits, sign = bits >> 24 & 0x80u;
   // 2^14 has units of 2^-9 in its last place, as have the denormals of e4m3.
-  if (magnitude < 121u << 23) return static_cast<u8>((bits_of(add(float_of(magnitude), 0x1p14f)) - (141u << 23)) | sign);
+  if (magnitude < 121u << 23)
+    return static_cast<u8>((bits_of(add(float_of(magnitude), 0x1p14f)) - (141u << 23)) | sign);
   return static_cast<u8>(((magnitude - (120u << 23) + 0x7ffffu + (magnitude >> 20 & 1u)) >> 20) | sign);
 }
 

@@ -2,6 +2,7 @@
 // are open. A launch names a rank and the caller's tensors, nothing that changes from round to round.
 #pragma once
 
+#include "kernels/cuda/arguments.hpp"
 #include "kernels/cuda/device.cuh"
 #include "kernels/verbs.hpp"
 #include "protocol/control_page.hpp"
@@ -16,12 +17,12 @@ struct DeviceRound {
   u64 step;  // a Step; waits of the other lane read it
   u64 round;
   u64 epoch;
-  RankSet active;   // a copy: the round keeps the members that it began with
-  RankSet trusted;  // of these, those whose partition belongs to the incarnation in the view
-  RankSet opened;   // peers that get rows of this dispatch, decided once for all blocks
-  RankSet taken;    // sources whose rows stand in recv.x
-  RankSet shunned;  // owners that some block of the answer found suspected: they get `declined`
-  RankSet answered; // holders whose answer counts
+  RankSet active;    // a copy: the round keeps the members that it began with
+  RankSet trusted;   // of these, those whose partition belongs to the incarnation in the view
+  RankSet opened;    // peers that get rows of this dispatch, decided once for all blocks
+  RankSet taken;     // sources whose rows stand in recv.x
+  RankSet shunned;   // owners that some block of the answer found suspected: they get `declined`
+  RankSet answered;  // holders whose answer counts
   u16 partitions[kMaxRanks];
   i32 num_tokens;
   i32 num_received;
@@ -37,17 +38,17 @@ struct DeviceRound {
   i32* answers_from;  // [num_ranks]: combine rows expected
   i32* claims_to;     // [num_ranks, max_local_experts]
   // As the holder of experts.
-  u8* headers;           // [num_ranks, rows, header_stride]: copied out first, checked in the copy
-  u32* rows_of_expert;   // [num_ranks, max_local_experts, row_words]: one bit a row
-  i32* claims;           // [num_ranks, max_local_experts]
-  i32* first;            // [num_ranks, max_local_experts]: row of recv.x of its first row
-  i32* moved_by;         // [num_ranks, max_local_experts]: how far rows move when gaps are closed
-  i32* first_choice;     // [num_ranks, rows]: choices of the rows before
-  i32* num_rows_from;    // [num_ranks]
-  i32* num_choices_from; // [num_ranks]
-  u32* is_bad;           // [num_ranks]
-  Received* received;    // [num_ranks, rows * max_choices]
-  u64* words;            // [num_ranks]: the signals that were taken
+  u8* headers;            // [num_ranks, rows, header_stride]: copied out first, checked in the copy
+  u32* rows_of_expert;    // [num_ranks, max_local_experts, row_words]: one bit a row
+  i32* claims;            // [num_ranks, max_local_experts]
+  i32* first;             // [num_ranks, max_local_experts]: row of recv.x of its first row
+  i32* moved_by;          // [num_ranks, max_local_experts]: how far rows move when gaps are closed
+  i32* first_choice;      // [num_ranks, rows]: choices of the rows before
+  i32* num_rows_from;     // [num_ranks]
+  i32* num_choices_from;  // [num_ranks]
+  u32* is_bad;            // [num_ranks]
+  Received* received;     // [num_ranks, rows * max_choices]
+  u64* words;             // [num_ranks]: the signals that were taken
 };
 
 // What a call leaves for the calls that follow it, and for the host: the handle's device memory.
@@ -55,7 +56,7 @@ struct DeviceHandle {
   u64 round;
   Status status;  // whether the round began, and if not why
   Status ended;   // how the newest half of it ended: `ok`, or why the host released it
-  i32 token;  // with bad_expert and repeated_expert: where
+  i32 token;      // with bad_expert and repeated_expert: where
   i32 choice;
   i64 value;
 };
@@ -71,18 +72,18 @@ struct DeviceRank {
   i64 tick_ns;
   RankState* state;
   ControlPage* page;
-  void* host;                // the twin's wire; nothing on a GPU
-  const i32* expert_rank;    // [num_experts]
-  const i32* expert_local;   // [num_experts]
-  u8* const* inbound;        // by partition
-  u8* const* outbound;       // by owner
-  SourceStats* sources;      // [num_ranks]
+  void* host;               // the twin's wire; nothing on a GPU
+  const i32* expert_rank;   // [num_experts]
+  const i32* expert_local;  // [num_experts]
+  u8* const* inbound;       // by partition
+  u8* const* outbound;      // by owner
+  SourceStats* sources;     // [num_ranks]
   Stats stats;
-  u64 next_round;            // only a round that opened moves it on: rounds are caught up, never jumped
+  u64 next_round;       // only a round that opened moves it on: rounds are caught up, never jumped
   u64 next_collective;  // small collectives run on the host, and are numbered there
   u64 progress_tick;
   u64 last_tick_ns;
-  u64 looking;               // rank + 1 of the one whose waiting thread may show the watcher its word
+  u64 looking;  // rank + 1 of the one whose waiting thread may show the watcher its word
   DeviceRound rounds[kNumParities];
 
   FA2A_HD i32 capacity() const { return shape.num_ranks * shape.num_max_tokens; }
@@ -90,6 +91,11 @@ struct DeviceRank {
   FA2A_HD i32 row_words() const { return (at.num_dispatch_rows + 31) / 32; }
   FA2A_HD i32 received_stride() const { return at.num_dispatch_rows * at.max_choices; }
 };
+
+// Another compiler made the host's half. What both read must lie where both look.
+#if defined(FA2A_RANK_BYTES)
+static_assert(sizeof(DeviceRank) == FA2A_RANK_BYTES, "the host lays a rank out otherwise");
+#endif
 
 // One cursor both sizes and places the arrays of a rank; with `memory` nullptr it only sizes them.
 struct Places {
@@ -185,7 +191,8 @@ FA2A_DEVICE void refuse(DeviceRank& r, const DeviceRound& round, Verb verb, i32 
 // The round that a handle names, if it stands at this step; a replayed or repeated call finds nothing.
 FA2A_DEVICE DeviceRound* round_at(DeviceRank& r, const DeviceHandle& handle, Step step) {
   DeviceRound& round = r.rounds[handle.round % kNumParities];
-  const bool stands = handle.status == Status::ok && round.round == handle.round && round.step == static_cast<u64>(step);
+  const bool stands =
+      handle.status == Status::ok && round.round == handle.round && round.step == static_cast<u64>(step);
   return stands ? &round : nullptr;
 }
 

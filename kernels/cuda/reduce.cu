@@ -7,10 +7,6 @@
 namespace fa2a {
 namespace device {
 
-struct GatherArgs {
-  bool abandon;  // answers are waited for and not looked at
-};
-
 // Waits for every holder's answer. It counts only with as many rows as were asked for. One block.
 FA2A_KERNEL combine_gather(DeviceRank* rank, GatherArgs args, DeviceHandle* handle) {
   DeviceRank& r = *rank;
@@ -55,14 +51,6 @@ FA2A_KERNEL combine_gather(DeviceRank* rank, GatherArgs args, DeviceHandle* hand
   set_step(round, Step::closed);
   point(r.host, Point::combine_closed, round.round);
 }
-
-struct ReduceTensors {
-  u8* out;    // [num_tokens, hidden]
-  u8* codes;  // [num_tokens, num_topk]
-  u8* lost;   // one bool
-  i32 num_tokens;
-  const float* topk_weights;  // in place of those of the dispatch; nullptr: those
-};
 
 struct ReduceShared {
   RowList list;

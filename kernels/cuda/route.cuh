@@ -7,13 +7,6 @@
 namespace fa2a {
 namespace device {
 
-struct RouteArgs {
-  const void* topk_idx;  // [num_tokens, num_topk]
-  bool idx_is_64_bit;
-  const float* topk_weights;
-  i32 num_tokens;
-};
-
 constexpr u32 kNothingBad = 0xffffffffu;
 
 FA2A_DEVICE i64 expert_at(const RouteArgs& args, i64 i) {

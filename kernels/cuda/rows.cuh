@@ -13,8 +13,8 @@ FA2A_DEVICE bool are_whole(const void* a, const void* b, u64 num_bytes, u64 unit
   return ((reinterpret_cast<u64>(a) | reinterpret_cast<u64>(b) | num_bytes) & (unit - 1)) == 0;
 }
 
-// Copies `num_bytes` to each of `num_places` rows of peers' windows, reading each byte once. All rows begin on a line of
-// their window, at the same distance from it.
+// Copies `num_bytes` to each of `num_places` rows of peers' windows, reading each byte once. All rows begin on a line
+// of their window, at the same distance from it.
 FA2A_DEVICE void put_row(u8* const* places, i32 num_places, const u8* from, u64 num_bytes) {
   if (num_places == 0) return;
   const u64 first = static_cast<u64>(thread_idx()), stride = static_cast<u64>(num_threads());
@@ -85,8 +85,7 @@ FA2A_DEVICE void sum_rows_of(Element, u8* out, const RowList& list, u64 num_byte
     }
     Lanes rounded;
     const bool scaled = list.factor != 1.0f && list.is_zero == 0;
-    for (i32 i = 0; i < kCount; ++i)
-      rounded.bits[i] = Element::narrow(scaled ? multiply(sum[i], list.factor) : sum[i]);
+    for (i32 i = 0; i < kCount; ++i) rounded.bits[i] = Element::narrow(scaled ? multiply(sum[i], list.factor) : sum[i]);
     Store::store(out + at, rounded.vector);
   }
 }

@@ -46,7 +46,7 @@ EndpointConfig config_of(i32 rank, const Plan& plan) {
   config.shape.num_topk = kNumTopk;
   config.shape.num_max_tokens = kNumMaxTokens;
   config.shape.num_chunk_tokens = plan.cuda_host ? kNumMaxTokens : 2;  // 2: so that most batches are streams
-  config.cuda_host = plan.cuda_host;
+  if (plan.cuda_host) config.machine = Machine::cuda_host;
   config.twin.weak = true;
   config.twin.seed = static_cast<u64>(rank) + 1;
   config.shape.collective_bytes = 64;
