@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from .mpi import Mpi, MpiNoCma
+from .native_permutes import NativePermutes, missing_library
 from .permuted import PerChoice, Permuted
 from .work import Shape
 
@@ -49,7 +50,30 @@ class GlooPerChoice(Gloo, PerChoice):
     """gloo, a row for each choice."""
 
 
-PEERS: dict[str, type[Permuted]] = {"gloo": Gloo, "gloo-per-choice": GlooPerChoice, "mpi": Mpi, "mpi-no-cma": MpiNoCma}
+class GlooCpp(NativePermutes, Gloo):
+    """gloo between permutes in C++."""
+
+    @staticmethod
+    def missing() -> str:
+        return Gloo.missing() or missing_library()
+
+
+class MpiCpp(NativePermutes, Mpi):
+    """OpenMPI between permutes in C++."""
+
+    @staticmethod
+    def missing() -> str:
+        return Mpi.missing() or missing_library()
+
+
+PEERS: dict[str, type[Permuted]] = {
+    "gloo": Gloo,
+    "gloo-cpp": GlooCpp,
+    "gloo-per-choice": GlooPerChoice,
+    "mpi": Mpi,
+    "mpi-cpp": MpiCpp,
+    "mpi-no-cma": MpiNoCma,
+}
 
 
 def chosen_peers(text: str) -> list[str]:

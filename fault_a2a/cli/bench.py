@@ -30,7 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--peers",
         default="gloo",
-        help="comma-separated, of gloo, gloo-per-choice, mpi, mpi-no-cma; or `all` for those found here (default gloo)",
+        help="comma-separated, of gloo, gloo-cpp, gloo-per-choice, mpi, mpi-cpp, mpi-no-cma (-cpp: with permutes in "
+        "C++ instead of torch); or `all` for those found here (default gloo)",
     )
     parser.add_argument("--iterations", type=_number, default=30, help="counted turns of each system (default 30)")
     parser.add_argument("--warm-up", type=_number, default=3, help="turns that are not counted (default 3)")
