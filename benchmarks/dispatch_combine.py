@@ -60,7 +60,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def measure(arguments: argparse.Namespace, watch: Callable[[int], None]) -> dict[str, Any]:
     """The whole record of one run."""
-    shape, library = shape_of(arguments), arguments.library
+    shape = shape_of(arguments)
     systems: dict[str, type[System]] = {OURS: FaultA2A, **{name: PEERS[name] for name in arguments.peers}, COPY: Copy}
     began = where_and_when()
     scores = run_contest(
@@ -69,6 +69,14 @@ def measure(arguments: argparse.Namespace, watch: Callable[[int], None]) -> dict
         arguments.iterations,
         watch=watch,
     )
+    return as_record(arguments, began, scores, systems)
+
+
+def as_record(
+    arguments: argparse.Namespace, began: dict[str, Any], scores: list[Score], systems: dict[str, type[System]]
+) -> dict[str, Any]:
+    """Of a contest that ``began`` then, the last of whose systems is the copy."""
+    shape, library = shape_of(arguments), arguments.library
     record = {
         "benchmark": "dispatch_combine",
         "ok": not any(score.failure for score in scores),
@@ -81,7 +89,7 @@ def measure(arguments: argparse.Namespace, watch: Callable[[int], None]) -> dict
         "tolerance_of_peers": TOLERANCE,
     }
     record["versions"] = {"fault_a2a": library.version, "core": library.core, **began["versions"]}
-    copy_score = scores.pop()
+    *scores, copy_score = scores
     floor = _floor(shape, library, arguments.seed, copy_score)
     moved_bytes = floor["traffic"]["total_bytes"]
     rows = [_row(score, systems[score.name], shape, moved_bytes, floor["floor_us"]) for score in scores]

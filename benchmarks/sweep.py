@@ -7,7 +7,9 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+from . import launched
 from .dispatch_combine import measure
+from .launched import Launch
 from .options import ask_library
 from .report import as_text
 from .teams import in_a_fork
@@ -15,31 +17,44 @@ from .work import Shape
 
 
 def task(
-    shape: dict[str, Any], peers: Sequence[str], num_iterations: int, num_warm_up: int, seed: int
+    shape: dict[str, Any],
+    peers: Sequence[str],
+    num_iterations: int,
+    num_warm_up: int,
+    seed: int,
+    num_local_ranks: int | None = None,
 ) -> argparse.Namespace:
-    """One contest, checked before anything is started.
+    """One contest, checked before anything is started. ``num_local_ranks``: if not all are on this host.
 
     Raises:
         ValueError: the shape cannot be run here; names the option and what to change.
     """
-    library = ask_library(Shape(**shape), num_teams=2 + len(peers))
+    library = ask_library(Shape(**shape), 2 + len(peers), num_local_ranks)
     return argparse.Namespace(
         **shape, peers=list(peers), iterations=num_iterations, warm_up=num_warm_up, seed=seed, library=library
     )
 
 
 def run_sweep(
-    tasks: Sequence[argparse.Namespace], watch: Callable[[int], None], say: Callable[[str], None] | None
+    tasks: Sequence[argparse.Namespace],
+    watch: Callable[[int], None],
+    say: Callable[[str], None] | None,
+    launch: Launch | None = None,
 ) -> dict[str, Any]:
     """Runs the contests one after the other; ``say`` gets the text of each as soon as it is there.
+
+    ``launch``: of the processes that a launcher made the ranks; ``None``: each contest starts its own.
 
     Returns:
         ``rows`` of all contests, their whole records as ``runs``, and ``ok``: every answer was right.
     """
     runs = []
-    for one in tasks:
-        # Each in a process of its own: a contest leaves threads behind, and the next one must fork again.
-        runs.append(in_a_fork(partial(measure, one, watch)))
+    for number, one in enumerate(tasks):
+        if launch is not None:
+            runs.append(launched.measure(launch, number, one, watch))
+        else:
+            # Each in a process of its own: a contest leaves threads behind, and the next one must fork again.
+            runs.append(in_a_fork(partial(measure, one, watch)))
         if say is not None:
             say(as_text(runs[-1]) + "\n")
     rows = [row for run in runs for row in run["rows"]]
