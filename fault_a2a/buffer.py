@@ -13,21 +13,15 @@ import torch
 
 from fault_a2a import ops
 from fault_a2a._core import core
-from fault_a2a.checks import (
-    check_expert_rows,
-    check_kind,
-    check_kinds,
-    check_scales,
-    check_sums,
-    check_tensor,
-    check_tokens,
-)
+from fault_a2a.checks import check_kind, check_kinds
 from fault_a2a.collectives import Collectives
 from fault_a2a.config import MAX_MS, MIN_BEATS_PER_SILENCE, Config
 from fault_a2a.core_fields import core_fields
 from fault_a2a.core_status import error_of
 from fault_a2a.errors import ClosedError, ConstructError, FaultA2AError
+from fault_a2a.gpu import device_of, gpu_fields, hand_over_windows
 from fault_a2a.group import Group, as_group, forget_names, host_of_this_process
+from fault_a2a.halves import Halves
 from fault_a2a.joins import WayIn, tell_life
 from fault_a2a.lent_memory import LendsMemory
 from fault_a2a.lives import Membership
@@ -37,7 +31,7 @@ from fault_a2a.planted_faults import PlantedFaults
 from fault_a2a.rounds import Handle, Outcome, Received, RecvHook, SourceStats, Verbs, check_is_handle, verbs_for
 
 
-class Buffer(Collectives, LendsMemory, Membership, PlantedFaults):
+class Buffer(Halves, Collectives, LendsMemory, Membership, PlantedFaults):
     """One rank's end of the all-to-all.
 
     Construction is collective and blocks, at most ``config.construct_timeout_ms``. Everything else is per rank.
@@ -60,7 +54,10 @@ class Buffer(Collectives, LendsMemory, Membership, PlantedFaults):
             raise TypeError(f"config is a {type(config).__name__}; give a fault_a2a.Config")
         if join and self.group.fabric is not None:
             raise ValueError("join: virtual ranks cannot join; give a Group of processes, without a fabric")
+        if join and config.backend == "cuda":
+            raise ValueError('join: ranks with backend="cuda" cannot join a running group yet; construct it anew')
         self.config = config
+        self.device = device_of(config.backend)
         self.placement = config.placement_for(self.num_ranks)
         self.num_local_experts = self.placement.num_local_experts(self.group.rank)
         self.capacity = config.capacity(self.num_ranks)
@@ -119,6 +116,8 @@ class Buffer(Collectives, LendsMemory, Membership, PlantedFaults):
                 "this release connects the processes of one host (containers must share /dev/shm)"
             )
         fields = {**core_fields(config, self.num_ranks, group.rank), "num_founders": group.num_ranks}
+        if config.backend == "cuda":
+            fields |= gpu_fields(config)
         if group.fabric is not None:
             return core.Endpoint(fields, group.fabric.of(fields), "")
         return core.Endpoint(fields, None, self._token)
@@ -153,7 +152,7 @@ class Buffer(Collectives, LendsMemory, Membership, PlantedFaults):
         fields = core_fields(self.config, self.num_ranks, self.group.rank)
         self.verbs = verbs_for(self.config.backend, self.core, fields)
         self.id = ops.register(self)
-        self._open_memory(self.recv_shape)
+        self._open_memory(self.recv_shape, self.device)
         arbiter = arbiter_for(self.config, self.group)
         self._membership = MembershipThread(self.core, arbiter, self.rank, self._callbacks, joined)
 
@@ -161,6 +160,8 @@ class Buffer(Collectives, LendsMemory, Membership, PlantedFaults):
         try:
             self.core.create()
             self.group.meet("created", deadline)
+            if self.config.backend == "cuda":
+                hand_over_windows(self.core, self.group, self._token, deadline)
             self.core.open_peers()
             self.group.meet("opened", deadline)
             self._open_for_calls()
@@ -176,12 +177,12 @@ class Buffer(Collectives, LendsMemory, Membership, PlantedFaults):
 
     def _warm_up(self) -> None:
         """One empty round through the whole machine, in which only an exit can end a wait."""
-        empty = torch.empty([0, self.config.num_topk])
         config = self.config
-        x = torch.empty([0, config.hidden], dtype=config.recv_dtype)
-        scales = torch.empty([0, config.num_scales], dtype=config.scale_dtype) if config.num_scales else None
+        empty = self._empty([0, config.num_topk], torch.float32)
+        x = self._empty([0, config.hidden], config.recv_dtype)
+        scales = self._empty([0, config.num_scales], config.scale_dtype) if config.num_scales else None
         received, handle = self.dispatch(x, empty.long(), empty, scales)
-        self.combine(torch.empty(received.x.shape, dtype=config.dtype), handle)
+        self.combine(self._empty(list(received.x.shape), config.dtype), handle)
         if self._who_gave_up():
             raise ConstructError(self._who_gave_up())
 
@@ -234,7 +235,8 @@ class Buffer(Collectives, LendsMemory, Membership, PlantedFaults):
         that a missing peer could hang it. At most two rounds may be open, one on each lane.
 
         Args:
-            x: ``[num_tokens, hidden]``, ``config.dtype``, contiguous, CPU; or quantised, in ``config.dispatch_dtype``.
+            x: ``[num_tokens, hidden]``, ``config.dtype``, contiguous, on ``device`` as all tensors; or quantised, in
+                ``config.dispatch_dtype``.
             topk_idx: int64 or int32 ``[num_tokens, num_topk]``; -1 for no expert; no expert twice in a row.
             topk_weights: float32 ``[num_tokens, num_topk]``.
             scales: of an ``x`` that comes quantised, ``[num_tokens, config.num_scales]``, ``config.scale_dtype``.
@@ -247,13 +249,14 @@ class Buffer(Collectives, LendsMemory, Membership, PlantedFaults):
             RuntimeError: a third round would be open.
             RankEvictedError, QuorumLostError, ClosedError: this rank may not go on.
         """
-        check_kinds(x=x, topk_idx=topk_idx, topk_weights=topk_weights)
+        check_kinds(self.device.type, x=x, topk_idx=topk_idx, topk_weights=topk_weights)
         if return_recv_hook:
             tensors, hook = self._dispatch_send(x, topk_idx, topk_weights, scales)
             return *self._received(tensors, topk_weights), hook
         tensors = torch.ops.fault_a2a.dispatch(x, topk_idx, topk_weights, self.id, scales)
         received, handle = self._received(tensors, topk_weights)
-        if self.config.recv_format == "packed" and not torch.compiler.is_compiling():
+        is_shaped = torch.compiler.is_compiling() or self.is_captured()
+        if self.config.recv_format == "packed" and not is_shaped:
             received = received.cut_to(int(handle.tensor[3]))
         return received, handle
 
@@ -312,7 +315,7 @@ class Buffer(Collectives, LendsMemory, Membership, PlantedFaults):
             ``out`` ``[num_tokens, hidden]`` and the ``Outcome``. ``out`` holds exactly the delivered choices.
         """
         check_is_handle(handle)
-        check_kind("y", y)
+        check_kind("y", y, self.device.type)
         if return_recv_hook:
             return self._combine_send(y, handle, out, topk_weights)
         if out is not None or topk_weights is not None:
@@ -328,112 +331,14 @@ class Buffer(Collectives, LendsMemory, Membership, PlantedFaults):
         Blocks as ``combine`` does. The other ranks and later rounds are not affected.
         """
         check_is_handle(handle)
-        round_number, _ = self._check_handle(handle.tensor)
+        round_number, *_ = self._check_handle(handle.tensor)
         self._raise_for(self.verbs.abandon(round_number))
-
-    # Everything below speaks to the core in halves: what is sent, and what is received.
-
-    def _dispatch(
-        self,
-        x: torch.Tensor,
-        topk_idx: torch.Tensor,
-        topk_weights: torch.Tensor,
-        scales: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, ...]:
-        tensors, receive = self._dispatch_send(x, topk_idx, topk_weights, scales)
-        receive()
-        return tensors
-
-    def _dispatch_send(
-        self, x: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor, scales: torch.Tensor | None
-    ) -> tuple[tuple[torch.Tensor, ...], RecvHook]:
-        """What the operator returns, and the hook that fills it."""
-        self._check_open()
-        check_tokens(self.config, x, topk_idx, topk_weights)
-        check_scales(self.config, x, scales)
-        status, round_number, _, token, choice, value = self.verbs.dispatch_send(
-            x.data_ptr(),
-            0 if scales is None else scales.data_ptr(),
-            topk_idx.data_ptr(),
-            topk_idx.dtype == torch.int64,
-            topk_weights.data_ptr(),
-            x.shape[0],
-        )
-        if status == "bad_expert":
-            raise ValueError(
-                f"topk_idx[{token}, {choice}] is {value}; give an expert from 0 to {self.config.num_experts - 1}, "
-                "or -1 for none"
-            )
-        if status == "repeated_expert":
-            raise ValueError(
-                f"topk_idx[{token}] names expert {value} twice; give each expert once, and -1 for the rest"
-            )
-        self._raise_for(status)
-        # Not one buffer for a parity: a compiler computes in place, and hands on what it was given.
-        recv_x = self._memory.lend()
-        recv_scales = torch.empty(self.scales_shape, dtype=self.config.scale_dtype)
-        recv_weights = torch.empty(self.weights_shape)
-        num_tokens = torch.empty([self.num_local_experts], dtype=torch.int32)
-        offsets = torch.empty([self.num_local_experts + 1], dtype=torch.int32)
-        handle = torch.tensor([self.id, round_number, x.shape[0], 0], dtype=torch.int64)
-
-        def receive(read: tuple[torch.Tensor | None, ...] = (x, scales)) -> None:  # a stream reads these until it ends
-            filled = (recv_x, recv_scales, recv_weights, num_tokens, offsets)
-            pointers = [tensor.data_ptr() if tensor.numel() else 0 for tensor in filled]
-            status, _, num_received, *_ = self.verbs.dispatch_receive(round_number, *pointers)
-            self._raise_for(status)
-            handle[3] = num_received
-
-        return (recv_x, num_tokens, offsets, handle, recv_scales, recv_weights), RecvHook("dispatch", receive)
-
-    def _combine(
-        self, y: torch.Tensor, topk_weights: torch.Tensor, handle: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        out, outcome, receive = self._combine_send(y, Handle(handle, topk_weights, self))
-        receive()
-        return out, outcome.codes, outcome.lost
-
-    def _combine_send(
-        self, y: torch.Tensor, handle: Handle, out: torch.Tensor | None = None, weights: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, Outcome, RecvHook]:
-        self._check_open()
-        round_number, num_tokens = self._check_handle(handle.tensor)
-        check_expert_rows(self.config, self.recv_shape, y, int(handle.tensor[3]))
-        check_sums(self.config, num_tokens, out, weights)
-        self._raise_for(self.verbs.combine_send(y.data_ptr(), round_number))
-        if out is None:
-            out = torch.empty([num_tokens, self.config.hidden], dtype=self.config.dtype)
-        codes = torch.empty([num_tokens, self.config.num_topk], dtype=torch.uint8)
-        lost = torch.empty([], dtype=torch.bool)
-
-        def receive(y: torch.Tensor = y) -> None:  # a stream reads y until it ends
-            pointers = (0 if tensor is None else tensor.data_ptr() for tensor in (out, codes, lost, weights))
-            self._raise_for(self.verbs.combine_receive(round_number, *pointers))
-
-        return out, Outcome(codes, lost), RecvHook("combine", receive)
 
     # -- checks: before anything is sent -----------------------------------------------------------------------------
 
     def _check_open(self) -> None:
         if self._closed:
             raise ClosedError("this buffer is closed.")
-
-    def _check_handle(self, handle: torch.Tensor) -> tuple[int, int]:
-        """(round, num_tokens) of an open round of this buffer."""
-        check_tensor("handle", handle, (torch.int64,), [ops.HANDLE_WORDS])
-        buffer_id, round_number, num_tokens, _ = handle.tolist()
-        if buffer_id != self.id:
-            raise ValueError(
-                f"handle is of buffer {buffer_id}, not of this one ({self.id}); combine on the same buffer"
-            )
-        if self.verbs.open_tokens(round_number) != num_tokens:
-            if self._closed:
-                raise ClosedError("this buffer is closed.")
-            raise RuntimeError(
-                f"handle's round {round_number} is not open: it was combined or abandoned before. "
-                "Call dispatch for a new handle"
-            )
-        return round_number, num_tokens
 
     def _raise_for(self, status: str) -> None:
         if status != "ok":

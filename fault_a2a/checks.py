@@ -8,22 +8,30 @@ from typing import Any
 import torch
 
 from fault_a2a.config import Config
+from fault_a2a.gpu import device_type_of
 
 _INDEX_DTYPES = (torch.int64, torch.int32)
 
 
-def check_kind(name: str, tensor: Any) -> None:
+def check_kind(name: str, tensor: Any, device_type: str = "cpu") -> None:
     """What torch's dispatcher would answer in its own words, or, on "meta", with tensors that hold nothing."""
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{name} is a {type(tensor).__name__}; give a torch.Tensor")
-    if not tensor.is_cpu:
-        raise ValueError(f"{name} is on {tensor.device}; this buffer works on the CPU, so give {name}.cpu()")
+    if tensor.device.type != device_type:
+        where = "the CPU" if device_type == "cpu" else "a GPU"
+        raise ValueError(f"{name} is on {tensor.device}; this buffer works on {where}, so give {name}.{device_type}()")
     if tensor.layout != torch.strided:
         raise ValueError(f"{name} has the layout {tensor.layout}; give {name}.to_dense()")
 
 
-def check_tensor(name: str, tensor: Any, dtypes: tuple[torch.dtype, ...], shape: Sequence[int | None]) -> None:
-    check_kind(name, tensor)
+def check_tensor(
+    name: str,
+    tensor: Any,
+    dtypes: tuple[torch.dtype, ...],
+    shape: Sequence[int | None],
+    device_type: str = "cpu",
+) -> None:
+    check_kind(name, tensor, device_type)
     if tensor.dtype not in dtypes:
         wanted = " or ".join(str(dtype) for dtype in dtypes)
         raise TypeError(f"{name} is {tensor.dtype}; convert it to {wanted}")
@@ -37,22 +45,23 @@ def check_tensor(name: str, tensor: Any, dtypes: tuple[torch.dtype, ...], shape:
         raise ValueError(f"{name} is not contiguous (strides {tensor.stride()}); give {name}.contiguous()")
 
 
-def check_kinds(**tensors: Any) -> None:
+def check_kinds(device_type: str, **tensors: Any) -> None:
     for name, tensor in tensors.items():
-        check_kind(name, tensor)
+        check_kind(name, tensor, device_type)
 
 
 def check_tokens(config: Config, x: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> None:
+    device = device_type_of(config.backend)
     kinds = (config.recv_dtype,) if config.quantizes == "never" else (config.dtype, config.recv_dtype)
-    check_tensor("x", x, kinds, [None, config.hidden])
+    check_tensor("x", x, kinds, [None, config.hidden], device)
     if x.shape[0] > config.num_max_tokens_per_rank:
         raise ValueError(
             f"x has {x.shape[0]} tokens; give at most num_max_tokens_per_rank = {config.num_max_tokens_per_rank}, "
             "or construct the Buffer with a larger one"
         )
     shape = [x.shape[0], config.num_topk]
-    check_tensor("topk_idx", topk_idx, _INDEX_DTYPES, shape)
-    check_tensor("topk_weights", topk_weights, (torch.float32,), shape)
+    check_tensor("topk_idx", topk_idx, _INDEX_DTYPES, shape, device)
+    check_tensor("topk_weights", topk_weights, (torch.float32,), shape, device)
 
 
 def check_scales(config: Config, x: torch.Tensor, scales: torch.Tensor | None) -> None:
@@ -62,24 +71,26 @@ def check_scales(config: Config, x: torch.Tensor, scales: torch.Tensor | None) -
                 f"scales is missing for an x in {x.dtype}; give [{x.shape[0]}, {config.num_scales}] in "
                 f"{config.scale_dtype}" + (f", or x in {config.dtype}" if config.quantizes != "never" else "")
             )
-        check_tensor("scales", scales, (config.scale_dtype,), [x.shape[0], config.num_scales])
+        check_tensor("scales", scales, (config.scale_dtype,), [x.shape[0], config.num_scales], x.device.type)
     elif scales is not None:
         raise ValueError(f"scales belongs to an x that comes quantised, and x is {x.dtype}; leave scales out")
 
 
 def check_expert_rows(config: Config, recv_shape: Sequence[int], y: torch.Tensor, num_received: int) -> None:
+    device = device_type_of(config.backend)
     if config.recv_format == "batched":
-        check_tensor("y", y, (config.dtype,), recv_shape)
+        check_tensor("y", y, (config.dtype,), recv_shape, device)
         return
     # Compiled callers hand back the whole of recv.x, others the received rows.
     rows = y.shape[0] if y.dim() == 2 and y.shape[0] == recv_shape[0] else num_received
-    check_tensor("y", y, (config.dtype,), [rows, config.hidden])
+    check_tensor("y", y, (config.dtype,), [rows, config.hidden], device)
 
 
 def check_sums(config: Config, num_tokens: int, out: torch.Tensor | None, topk_weights: torch.Tensor | None) -> None:
     """What a caller of combine brings to have its sums written into, and weighted with."""
+    device = device_type_of(config.backend)
     if out is not None:
-        check_tensor("out", out, (config.dtype,), [num_tokens, config.hidden])
+        check_tensor("out", out, (config.dtype,), [num_tokens, config.hidden], device)
     if topk_weights is None:
         return
     if config.reduce != "owner" or config.weights_at != "owner":
@@ -87,4 +98,4 @@ def check_sums(config: Config, num_tokens: int, out: torch.Tensor | None, topk_w
             "topk_weights of combine come too late for sums that other ranks make; give them to dispatch, or set "
             'reduce="owner" and weights_at="owner"'
         )
-    check_tensor("topk_weights", topk_weights, (torch.float32,), [num_tokens, config.num_topk])
+    check_tensor("topk_weights", topk_weights, (torch.float32,), [num_tokens, config.num_topk], device)

@@ -15,7 +15,7 @@ REDUCES = ("owner", "expert")
 WEIGHTS_AT = ("owner", "expert")
 ON_LOST = ("drop", "renormalize")
 AGREEMENTS = ("windows", "store")
-BACKENDS = ("cpu", "triton", "cuda-host")
+BACKENDS = ("cpu", "cuda", "triton", "cuda-host")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # What rows may travel as, besides `dtype`: one byte an element, and scales.
 DISPATCH_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.uint8)
@@ -116,9 +116,11 @@ class Config:
         weights_at: where ``topk_weights`` are applied. ``"owner"``: in the sum; ``"expert"``: by the caller's experts,
             who find them in ``recv.weights``, and the sum leaves them out.
         backend: what runs this rank's kernels; ranks of a group may differ. ``"cpu"``. For batches that fit into one
-            chunk: ``"triton"``, Triton's, in its interpreter where there is no GPU (slow: for tests); ``"cuda-host"``,
-            for tests only, the sources of the CUDA kernels, run thread by thread on the CPU.
-        num_sms: blocks of the CUDA kernels that copy and sum; those that wait have one. ``None``: 2 of ``"cuda-host"``.
+            chunk: ``"cuda"``, a GPU's, with tensors and windows on it, on every rank or on none (not run on a GPU yet);
+            ``"triton"``, Triton's, in its interpreter where there is no GPU (slow: for tests); ``"cuda-host"``, for
+            tests only, the sources of the CUDA kernels, run thread by thread on the CPU.
+        num_sms: blocks of the CUDA kernels that copy and sum; those that wait have one. ``None``: as many as the device
+            has multiprocessors; 2 of ``"cuda-host"``.
             Nothing to ``"cpu"``; ranks may differ.
 
     Raises:
@@ -319,7 +321,8 @@ class Config:
         fields = {name: str(value) for name, value in vars(self).items() if name not in _MAY_DIFFER}
         expert_rank = repr(self.placement_for(num_ranks).expert_rank)
         digest = hashlib.sha256(expert_rank.encode()).hexdigest()[:8]
-        return {"num_ranks": str(num_ranks), **fields, "placement": f"one with digest {digest}"}
+        windows = "on a GPU" if self.backend == "cuda" else "on the host"
+        return {"num_ranks": str(num_ranks), **fields, "windows": windows, "placement": f"one with digest {digest}"}
 
     def capacity(self, num_ranks: int) -> int:
         """Rows that one expert can receive in one round: every token of every rank."""

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from fault_a2a import nvrtc
+from fault_a2a._core import core
 
 # Of every file its kernels, in the order of a round.
 KERNELS = {
@@ -30,7 +31,10 @@ KERNELS = {
 VARIANTS = {"bfloat16": 0, "float32": 1, "float16": 2}
 ARCHS = ("90a", "100a", "103a", "120a")
 _ARCH = re.compile(r"[1-9]\d{1,2}[af]?", re.ASCII)
-_OPTIONS = ("-std=c++17", "-default-device", "--fmad=false", "--ptxas-options=-v")
+_OPTIONS = (
+    *("-std=c++17", "-default-device", "--fmad=false", "--ptxas-options=-v"),
+    f"-DFA2A_RANK_BYTES={core.device_rank_bytes}",  # the host's half is another compiler's
+)
 _ENTRY = re.compile(r"Compiling entry function '(?P<name>\w+)'")
 _SPILLS = re.compile(r"(?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads")
 _USED = re.compile(r"Used (?P<registers>\d+) registers")

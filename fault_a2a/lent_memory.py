@@ -22,14 +22,15 @@ class LentMemory:
     A tensor is its holder's for as long as anything refers to it, a view or a compiler's computation in place included.
     """
 
-    def __init__(self, shape: Sequence[int], dtype: torch.dtype) -> None:
-        self.shape, self.dtype = list(shape), dtype
+    def __init__(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device | None = None) -> None:
+        self.shape, self.dtype, self.device = list(shape), dtype, device or torch.device("cpu")
         self.num_bytes = math.prod(shape) * dtype.itemsize
         self._idle: list[np.ndarray] = []
 
     def lend(self) -> torch.Tensor:
-        if self.num_bytes < MIN_BYTES:
-            return torch.empty(self.shape, dtype=self.dtype)
+        # On a GPU torch keeps what it has, and a graph that is captured needs it from there.
+        if self.num_bytes < MIN_BYTES or self.device.type != "cpu":
+            return torch.empty(self.shape, dtype=self.dtype, device=self.device)
         memory = self._idle.pop() if self._idle else np.empty(self.num_bytes + ALIGNMENT, dtype=np.uint8)
         first = -memory.ctypes.data % ALIGNMENT
         lent = memory[first : first + self.num_bytes]
@@ -43,9 +44,9 @@ class LendsMemory:
 
     config: Any
 
-    def _open_memory(self, recv_shape: Sequence[int]) -> None:
-        self._memory = LentMemory(recv_shape, self.config.recv_dtype)
-        self._output_memory = LentMemory(recv_shape, self.config.dtype)
+    def _open_memory(self, recv_shape: Sequence[int], device: torch.device) -> None:
+        self._memory = LentMemory(recv_shape, self.config.recv_dtype, device)
+        self._output_memory = LentMemory(recv_shape, self.config.dtype, device)
 
     def empty_expert_output(self) -> torch.Tensor:
         """Memory for the experts to write into, for ``combine`` to read: pages that earlier rounds have touched.
@@ -58,7 +59,8 @@ class LendsMemory:
             ``[capacity * min(num_topk, num_local_experts), hidden]``, of which the first rows count. It is the caller's
             for as long as anything refers to it, an open round included.
 
-        Not collective, does not block. Not for compiled code, nor captured: each call gives other memory.
+        Not collective, does not block. Not for compiled code, nor captured: each call gives other memory. On a GPU it is
+        what torch gives, which keeps pages itself.
         """
         return self._output_memory.lend()
 

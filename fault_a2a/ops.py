@@ -94,13 +94,15 @@ def _fake_combine(
     )
 
 
-_library.impl("dispatch", _dispatch, "CPU")
-_library.impl("combine", _combine, "CPU")
+for _device in ("CPU", "CUDA"):
+    _library.impl("dispatch", _dispatch, _device)
+    _library.impl("combine", _combine, _device)
 torch.library.register_fake("fault_a2a::dispatch", _fake_dispatch, lib=_library)
 torch.library.register_fake("fault_a2a::combine", _fake_combine, lib=_library)
 # Experts are trained elsewhere: serving only.
-_library.impl("dispatch", torch.library.fallthrough_kernel, "AutogradCPU")
-_library.impl("combine", torch.library.fallthrough_kernel, "AutogradCPU")
+for _device in ("AutogradCPU", "AutogradCUDA"):
+    _library.impl("dispatch", torch.library.fallthrough_kernel, _device)
+    _library.impl("combine", torch.library.fallthrough_kernel, _device)
 
 
 def _keep_in_order(*operators: Any) -> None:

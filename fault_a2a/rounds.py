@@ -40,6 +40,10 @@ class Verbs(Protocol):
 
 def verbs_for(backend: str, endpoint: Any, fields: dict[str, Any]) -> Verbs:
     """Of an endpoint that has opened its peers; ``fields``: what it was made from (``core_fields``)."""
+    if backend == "cuda":
+        from fault_a2a.kernels.cuda.rank import Rank as CudaRank
+
+        return CudaRank(endpoint)
     if backend != "triton":
         return endpoint
     try:
@@ -73,6 +77,12 @@ class Received:
     offsets: torch.Tensor
     scales: torch.Tensor | None = None
     weights: torch.Tensor | None = None
+
+    def to(self, device: torch.device) -> Received:
+        """The same there; itself if it is there."""
+        scales = None if self.scales is None else self.scales.to(device)
+        weights = None if self.weights is None else self.weights.to(device)
+        return Received(self.x.to(device), self.num_tokens.to(device), self.offsets.to(device), scales, weights)
 
     def cut_to(self, num_rows: int) -> Received:
         """Packed: only the rows that were received."""

@@ -41,6 +41,7 @@ PROGRAMS = {
         (
             *("tests/simulator/*.cpp", "csrc/host/hooks.cpp", "csrc/membership/*.cpp", "csrc/bindings/endpoint*.cpp"),
             *("csrc/transport/faulty.cpp", "csrc/transport/local.cpp", "csrc/transport/partition.cpp"),
+            "csrc/transport/cuda_*.cpp",
             *(f"kernels/cpu/{name}.cpp" for name in ("combine", "dispatch", "expand", "machine", "quantize", "reduce")),
             *("kernels/cpu/stream.cpp", "kernels/cpu/collect*.cpp"),
             *("kernels/cuda/host/*.cpp", "kernels/cuda/twin/*.cpp"),  # never run here: an endpoint can have either

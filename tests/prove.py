@@ -44,7 +44,7 @@ def drill(*options: str) -> dict[str, Any]:
     kept = ("ok", "problems", "detect_ms", "agree_ms", "first_good_step_ms", "corrupt_rows", "false_suspicions")
     back = [line for line in report["faults"] if line["back_ms"] is not None]
     joins = {key: line[key] for line in back for key in ("back_ms", "longest_step_ms")}
-    joins |= {"median_step_ms": report["step_ms"]["median"]} if back else {}
+    joins["median_step_ms"] = report["step_ms"]["median"]
     last = {"survivors": report["survivors"], "steps": report["steps_completed"]}
     return {key: report[key] for key in kept} | last | joins
 

@@ -91,7 +91,9 @@ class Checker:
         return reference.dequantize_1x128(rows, scales).to(config.dtype)
 
     def dispatch(self, round_number: int) -> tuple[Received, Handle]:
-        received, handle = self.buffer.dispatch(*self.work.tokens(self.buffer.rank, round_number))
+        tokens = self.work.tokens(self.buffer.rank, round_number)
+        received, handle = self.buffer.dispatch(*(tensor.to(self.buffer.device) for tensor in tokens))
+        received = received.to(torch.device("cpu"))
         self.check_received(received, handle, round_number)
         return received, handle
 
@@ -138,8 +140,9 @@ class Checker:
         return y
 
     def combine(self, received: Received, handle: Handle, round_number: int) -> Outcome:
-        out, outcome = self.buffer.combine(self.experts(received), handle)
-        self.check_output(out, outcome, round_number)
+        out, outcome = self.buffer.combine(self.experts(received).to(self.buffer.device), handle)
+        outcome = Outcome(outcome.codes.cpu(), outcome.lost.cpu())
+        self.check_output(out.cpu(), outcome, round_number)
         return outcome
 
     def check_output(self, out: torch.Tensor, outcome: Outcome, round_number: int) -> None:

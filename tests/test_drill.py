@@ -202,7 +202,10 @@ def test_help_lists_the_phases():
         (["--rejoin", "1@1"], "rank 1 has not lost its place by then"),
         (["--repair"], "--repair: repairing a step from replicas comes with a later release"),
         (["--replicas", "2"], "--replicas: .* comes with a later release"),
-        (["--backend", "rocm"], "kernels for 'rocm' come with a later release; pass cpu or triton or cuda-host"),
+        (
+            ["--backend", "rocm"],
+            "kernels for 'rocm' come with a later release; pass cpu or cuda or triton",
+        ),
         (["--backend", "cpu,triton", "--chunk-tokens", "2"], "backend: 'triton' sends every batch in one chunk"),
         (["--backend", "cpu,cuda-host", "--chunk-tokens", "2"], "backend: 'cuda-host' sends every batch in one chunk"),
         (["--hidden", "12"], "hidden: 12 is not a multiple of 8"),

@@ -66,7 +66,12 @@ ROOM_INCLUDES = {
     "csrc/membership/pulse": ("protocol/", "host/", "membership/"),
     "csrc/membership/": ("protocol/", "membership/"),
     # Kernels store through the two faces of transport and know none of its kinds.
-    "kernels/": ("protocol/", "host/", "kernels/", "transport/fabric.hpp", "transport/wire.hpp"),
+    "kernels/": (
+        "protocol/",
+        "host/",
+        "kernels/",
+        *(f"transport/{name}.hpp" for name in ("fabric", "wire", "cuda_driver")),
+    ),
     "csrc/bindings/": ("protocol/", "host/", "transport/", "membership/", "kernels/", "bindings/"),
     # The simulator is a host: it stands in for csrc/host, below everything, and drives the endpoint from above.
     "tests/simulator/": (

@@ -39,6 +39,7 @@ void Endpoint::create() {
   const PartitionLayout at = partition_layout(config_.shape);
   for (i32 writer = 0; config_.poison && writer < num_partitions(config_.shape); ++writer)
     memset(fabric_->inbound(writer), 0xff, at.num_bytes);
+  if (config_.machine == Machine::cuda) create_device();
   ControlPage& page = shared_ != nullptr ? shared_->own_page() : fabric_->page(config_.rank);
   fill_page(page, Life::constructing);
 }
@@ -129,6 +130,7 @@ void Endpoint::set_up_context() {
 
 void Endpoint::set_up_kernels() {
   if (config_.machine == Machine::cpu) return;
+  if (config_.machine == Machine::cuda) return set_up_device();
   cuda::WindowAddresses windows;
   for (i32 partition = 0; partition < num_partitions(config_.shape); ++partition)
     windows.inbound.push_back(fabric_->inbound(partition));
@@ -151,6 +153,7 @@ void Endpoint::start_pulse(const Decision& first, bool joining) {
   options.between_processes = fabric_->between_processes();
   options.doors = this;
   options.joining = joining;
+  options.kernels_have_own_clock = config_.machine == Machine::cuda;
 #if defined(FA2A_TEST_HOOKS) && FA2A_TEST_HOOKS
   wire_->faults.rank = config_.rank;
   options.unreadable = &wire_->faults.cut;
@@ -185,6 +188,7 @@ void Endpoint::update_tick() {
   for (i32 rank = 0; rank < config_.shape.num_ranks; ++rank)
     shortest = std::min(shortest, static_cast<i64>(load_relaxed(&state_->stall_ns[rank])));
   context_.tick_ns = std::max(shortest / 8, kNsPerMs);
+  if (cuda_) cuda_->set_tick(context_.tick_ns);
 }
 
 // One kernel at a time. What ended this rank answers before any work is begun.
@@ -277,6 +281,10 @@ void Endpoint::close() {
   if (closed_) return;
   closed_ = true;
   if (!pulse_) return;
+  if (cuda_) {
+    cuda_->finish_all();  // launched, and waited for by nobody; every wait in there ends now
+    cuda_->refresh();
+  }
   // Peers wait for an answer to every round that was opened.
   for (OpenRound& open : context_.rounds)
     if (open.stage != Stage::closed) cuda_ ? cuda_->abandon(open.round) : fa2a::abandon(context_, open.round);

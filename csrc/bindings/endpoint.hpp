@@ -12,6 +12,7 @@
 #include "kernels/cuda/host/rank.hpp"
 #include "kernels/cuda/twin/gpu.hpp"
 #include "membership/pulse.hpp"
+#include "transport/cuda_window.hpp"
 
 namespace fa2a {
 
@@ -43,6 +44,10 @@ struct EndpointConfig {
   u64 first_epoch = 0;
   Machine machine = Machine::cpu;
   twin::TwinOptions twin;
+  // Of Machine::cuda: which device, its machine code, and blocks of the kernels that may have several (0: its choice).
+  i32 device = 0;
+  std::vector<std::string> cubins;
+  i32 num_sms = 0;
   bool poison = false;  // fill fresh partitions with NaN, and their signal words with stale signals
 };
 
@@ -65,6 +70,11 @@ class Endpoint : private Doors {
   void create();      // what this rank owns
   void open_peers();  // after all have created: map, check, prepare, start the pulse
   void serve();       // after all have opened: names are forgotten, rounds may begin
+
+  // On a GPU the window lies there: between create() and open_peers() each rank hands every peer the descriptor of the
+  // partition that is the peer's, and opens those that it is handed (endpoint_cuda.cpp). Descriptors are the caller's.
+  int export_partition(i32 writer) const;
+  void open_partition(i32 owner, int fd);
 
   // A rank that comes later does this instead (endpoint_joins.cpp).
   void create_newcomer();
@@ -97,6 +107,8 @@ class Endpoint : private Doors {
   Context& context() { return context_; }
   RankState& state() { return *state_; }
   Fabric& fabric() { return *fabric_; }
+  cuda::Rank* cuda() { return cuda_.get(); }  // nullptr: the CPU's kernels
+  void refresh();                             // takes over what kernels did that nobody waited for
   Wire& wire() { return *wire_; }
   const EndpointConfig& config() const { return config_; }
   bool closed() const { return closed_; }
@@ -111,6 +123,8 @@ class Endpoint : private Doors {
   void fill_page(ControlPage& page, Life life);
   void set_up_context();
   void set_up_kernels();
+  void create_device();
+  void set_up_device();
   void start_pulse(const Decision& first, bool joining);
   bool open_page(i32 rank, i32 pid, i32 fd) noexcept override;
   void fill_window(const View& members, u64 first_round, u64 first_collective) noexcept override;
@@ -128,8 +142,10 @@ class Endpoint : private Doors {
   std::unique_ptr<RankState> state_;
   std::unique_ptr<Pulse> pulse_;
   Context context_;
-  std::unique_ptr<cuda::Rank> cuda_;  // instead of the CPU kernels
-  std::mutex calls_;                  // one kernel at a time
+  std::unique_ptr<cuda::Windows> windows_;  // on a GPU; collectives go through those of the fabric even then
+  std::unique_ptr<cuda::Gpu> gpu_;          // until `cuda_` has it
+  std::unique_ptr<cuda::Rank> cuda_;        // instead of the CPU kernels
+  std::mutex calls_;                        // one kernel at a time
   bool closed_ = false;
   bool crashed_ = false;
   // Of a member, for whom a partition is ready; of a newcomer, which members it reaches and which know of it.

@@ -186,6 +186,10 @@ Status Endpoint::wait_out_hold() {
 Status Endpoint::begin_step(bool& left_out) {
   std::lock_guard<std::mutex> lock(calls_);
   Status status = closed_ ? Status::closed : released_status(*state_);
+  if (cuda_ && !closed_ && pulse_->change_waits()) {
+    cuda_->finish_all();
+    cuda_->refresh();
+  }
   for (const OpenRound& open : context_.rounds)
     if (status == Status::ok && (open.stage != Stage::closed || context_.collective.is_open))
       status = Status::open_round;
@@ -195,7 +199,8 @@ Status Endpoint::begin_step(bool& left_out) {
   bool holds = pulse_->hold_state() != HoldState::none;  // committed, and quorum was lost over it
   if (!holds && pulse_->change_waits()) {
     const std::optional<Newcomer> newcomer = pulse_->newcomer();
-    const bool is_prepared = newcomer && prepare_for(*newcomer);
+    // On a GPU nobody can come in yet: a newcomer's window would have to be handed over there too.
+    const bool is_prepared = newcomer && config_.machine != Machine::cuda && prepare_for(*newcomer);
     const StepChange change = pulse_->ready_change();
     const bool is_join = change.kind == ChangeKind::join;
     const bool is_for_newcomer = is_prepared && change.incarnation == prepared_for_;

@@ -18,6 +18,7 @@ DType dtype_named(const std::string& name);
 void bind_joins(py::class_<Endpoint, std::shared_ptr<Endpoint>>& endpoint);
 void bind_faults(py::module_& m, py::class_<Endpoint, std::shared_ptr<Endpoint>>& endpoint);
 void bind_addresses(py::module_& m, py::class_<Endpoint, std::shared_ptr<Endpoint>>& endpoint);
+void bind_cuda(py::module_& m, py::class_<Endpoint, std::shared_ptr<Endpoint>>& endpoint);
 
 const char* name_of(Status status) {
   switch (status) {
@@ -151,6 +152,10 @@ EndpointConfig config_of(const py::dict& fields) {
   config.agree_by_windows = fields["agree_by_windows"].cast<bool>();
   config.machine = machine_named(fields["machine"].cast<std::string>());
   if (const i32 num_sms = fields["num_sms"].cast<i32>(); num_sms > 0) config.twin.num_blocks = num_sms;
+  config.num_sms = fields["num_sms"].cast<i32>();
+  if (fields.contains("device")) config.device = fields["device"].cast<i32>();
+  if (fields.contains("cubins"))
+    for (const py::handle cubin : fields["cubins"]) config.cubins.push_back(cubin.cast<py::bytes>());
   if (fields.contains("twin_threads")) config.twin.num_threads = fields["twin_threads"].cast<i32>();
   if (fields.contains("twin_seed")) config.twin.seed = fields["twin_seed"].cast<u64>();
   if (fields.contains("twin_weak")) config.twin.weak = fields["twin_weak"].cast<bool>();
@@ -337,6 +342,7 @@ void bind_endpoint(py::module_& m) {
   bind_joins(endpoint);
   bind_faults(m, endpoint);
   bind_addresses(m, endpoint);
+  bind_cuda(m, endpoint);
 }
 
 }  // namespace

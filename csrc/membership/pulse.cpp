@@ -19,7 +19,8 @@ Pulse::Pulse(std::vector<ControlPage*> pages, RankState& state, const PulseOptio
       copies_(pages_.size()),
       visitors_(pages_.size()),
       agreement_(options.agreement, first),
-      ignored_until_ns_(pages_.size(), 0) {
+      ignored_until_ns_(pages_.size(), 0),
+      seen_waits_(pages_.size()) {
   views_.push_back({first, now_ns()});
   announced_epoch_ = first.view.epoch;
   joining_.store(options_.joining);
@@ -104,6 +105,16 @@ bool Pulse::has_left_as_decided(i32 rank) {
   return view.epoch > newest_view(state_.ring).epoch && !view.active.has(rank);
 }
 
+// By this host's clock, since when a kernel waits for this peer; 0: none does. A wait is one value, so a new one is a
+// new wait.
+i64 Pulse::waiting_since(i32 rank) {
+  const u64 said = load_relaxed(&state_.waiting_since_ns[rank]);
+  if (!options_.kernels_have_own_clock) return static_cast<i64>(said);
+  SeenWait& seen = seen_waits_[static_cast<size_t>(rank)];
+  if (seen.said != said) seen = {said, said == 0 ? 0 : now_ns()};
+  return seen.at_ns;
+}
+
 Evidence Pulse::look_at(i32 rank) {
   const ControlPage& page = *pages_[static_cast<size_t>(rank)];
   PeerSample sample;
@@ -118,7 +129,7 @@ Evidence Pulse::look_at(i32 rank) {
     sample.life = static_cast<Life>(__atomic_load_n(&page.life, __ATOMIC_SEQ_CST));
 
   OwnWait wait;
-  wait.since_ns = static_cast<i64>(load_relaxed(&state_.waiting_since_ns[rank]));
+  wait.since_ns = waiting_since(rank);
   if (wait.since_ns == 0 && awaited_promises_.has(rank)) wait.since_ns = awaited_since_ns_;
   wait.absent = load_relaxed(&state_.waiting_peer) == static_cast<u64>(rank) + 1;
   wait.word = load_relaxed(&state_.waiting_word);

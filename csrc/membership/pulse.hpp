@@ -26,6 +26,7 @@ struct PulseOptions {
   i64 join_hold_ns = 500ll * 1000000;  // nobody waits longer at one step start
   bool between_processes = true;
   Doors* doors = nullptr;                // nullptr: nobody can join
+  bool kernels_have_own_clock = false;   // when a kernel began to wait, it tells by a clock that only it can read
   bool joining = false;                  // this rank is a newcomer, and the first decision is the members' without it
   const RankSet* unreadable = nullptr;   // test build: peers to whom every path is lost
   std::atomic<i64>* pause_ns = nullptr;  // test build: the thread sleeps this long, once, as if it were stopped
@@ -116,6 +117,7 @@ class Pulse {
   void run() noexcept;
   void look(i64 now);
   Evidence look_at(i32 rank);
+  i64 waiting_since(i32 rank);
   bool has_left_as_decided(i32 rank);
   void accuse(i32 rank, Evidence kind);
   void agree(i64 now);
@@ -183,6 +185,12 @@ class Pulse {
   std::optional<Newcomer> newcomer_;
   StepChange ready_change_;
   std::vector<i64> ignored_until_ns_;  // of each rank: a hold for it was in vain
+  // Of each rank: what a kernel last said of when it began to wait for it, and when this thread first saw that.
+  struct SeenWait {
+    u64 said = 0;
+    i64 at_ns = 0;
+  };
+  std::vector<SeenWait> seen_waits_;
   u64 reached_epoch_plus_one_ = 0;
 };
 

@@ -31,6 +31,23 @@ bool find_all(void* library, Driver& d, std::string& why) {
          find(library, "cuGetErrorName", d.name_error, why);
 }
 
+bool find_launches(void* library, Driver& d, std::string& why) {
+  return find(library, "cuDevicePrimaryCtxRetain", d.retain_context, why) &&
+         find(library, "cuCtxSetCurrent", d.set_context, why) &&
+         find(library, "cuCtxSynchronize", d.finish_context, why) &&
+         find(library, "cuModuleLoadData", d.load_module, why) &&
+         find(library, "cuModuleGetFunction", d.get_function, why) && find(library, "cuLaunchKernel", d.launch, why) &&
+         find(library, "cuMemAlloc_v2", d.allocate, why) && find(library, "cuMemFree_v2", d.free, why) &&
+         find(library, "cuMemsetD8Async", d.fill, why) && find(library, "cuMemcpyHtoDAsync_v2", d.copy_in, why) &&
+         find(library, "cuMemcpyDtoHAsync_v2", d.copy_out, why) &&
+         find(library, "cuStreamCreate", d.create_stream, why) &&
+         find(library, "cuStreamDestroy_v2", d.destroy_stream, why) &&
+         find(library, "cuStreamSynchronize", d.finish_stream, why) &&
+         find(library, "cuMemHostRegister_v2", d.share, why) && find(library, "cuMemHostUnregister", d.unshare, why) &&
+         find(library, "cuMemHostGetDevicePointer_v2", d.shared_address, why) &&
+         find(library, "cuThreadExchangeStreamCaptureMode", d.exchange_capture_mode, why);
+}
+
 }  // namespace
 
 const Driver* load_driver(std::string& why) {
@@ -42,7 +59,7 @@ const Driver* load_driver(std::string& why) {
       failure = "there is no libcuda.so.1 here; install an NVIDIA driver";
       return false;
     }
-    if (!find_all(library, driver, failure)) return false;
+    if (!find_all(library, driver, failure) || !find_launches(library, driver, failure)) return false;
     if (driver.init(0) == 0) return true;
     failure = "the CUDA driver does not start (cuInit); look at nvidia-smi";
     return false;

@@ -13,6 +13,10 @@ namespace cuda {
 using Result = int;  // 0: well
 using Address = u64;
 using Handle = u64;
+using Context = void*;
+using Module = void*;
+using Function = void*;
+using Stream = void*;
 
 // What follows has the layout and the numbers of cuda.h; tests/test_cuda_driver.py compares them where there is one.
 struct Location {
@@ -38,9 +42,14 @@ struct AccessDescription {
   int flags = 3;  // read and write
 };
 
-enum Attribute : int { kHasVirtualMemory = 102, kHasFileDescriptors = 103, kHasFabric = 128 };
+enum Attribute : int { kNumMultiprocessors = 16, kHasVirtualMemory = 102, kHasFileDescriptors = 103, kHasFabric = 128 };
+
+constexpr unsigned kNonBlocking = 1;                  // of a stream: it does not meet the default stream
+constexpr unsigned kPortable = 1, kDeviceMapped = 2;  // of host memory
+enum CaptureMode : int { kRelaxed = 2 };
 
 // Every driver since CUDA 10.2 has these; each is called by its own name, so a table of fakes can stand in its place.
+// The first part is what windows need, the second what launches do.
 struct Driver {
   Result (*init)(unsigned flags);
   Result (*get_device)(int* device, int ordinal);
@@ -56,6 +65,27 @@ struct Driver {
   Result (*export_handle)(void* to, Handle handle, int type, u64 flags);
   Result (*import_handle)(Handle* handle, void* from, int type);
   Result (*name_error)(Result result, const char** name);
+
+  Result (*retain_context)(Context* context, int device) = nullptr;
+  Result (*set_context)(Context context) = nullptr;
+  Result (*finish_context)() = nullptr;
+  Result (*load_module)(Module* module, const void* image) = nullptr;
+  Result (*get_function)(Function* function, Module module, const char* name) = nullptr;
+  Result (*launch)(Function function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,
+                   unsigned block_y, unsigned block_z, unsigned shared_bytes, Stream stream, void** arguments,
+                   void** extra) = nullptr;
+  Result (*allocate)(Address* address, size_t num_bytes) = nullptr;
+  Result (*free)(Address address) = nullptr;
+  Result (*fill)(Address address, unsigned char value, size_t num_bytes, Stream stream) = nullptr;
+  Result (*copy_in)(Address to, const void* from, size_t num_bytes, Stream stream) = nullptr;
+  Result (*copy_out)(void* to, Address from, size_t num_bytes, Stream stream) = nullptr;
+  Result (*create_stream)(Stream* stream, unsigned flags) = nullptr;
+  Result (*destroy_stream)(Stream stream) = nullptr;
+  Result (*finish_stream)(Stream stream) = nullptr;
+  Result (*share)(void* host, size_t num_bytes, unsigned flags) = nullptr;
+  Result (*unshare)(void* host) = nullptr;
+  Result (*shared_address)(Address* address, void* host, unsigned flags) = nullptr;
+  Result (*exchange_capture_mode)(int* mode) = nullptr;
 };
 
 // The machine's driver, or nullptr and `why` there is none that will do.

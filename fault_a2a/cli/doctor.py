@@ -111,22 +111,25 @@ def _triton() -> Found:
 
 
 def _cuda() -> Found:
-    why = "CUDA kernels compile (fault-a2a compile) and are launched on a GPU by a later release"
-    return {"available": False, "why": f"{why}; {_gpus()}"}
+    gpus, found = _gpus()
+    if not found:
+        return {"available": False, "why": f"kernels compile here (fault-a2a compile) and run on a GPU; {gpus}"}
+    return {"available": True, "why": f"{gpus}; this release has not been run on a GPU before it came to you"}
 
 
-def _gpus() -> str:
+def _gpus() -> tuple[str, bool]:
+    """What is here, and whether torch can use it."""
     try:
         import torch
     except ImportError:
-        return "torch is not installed"
+        return "torch is not installed", False
     if torch.version.cuda is None:
         driver = "an NVIDIA driver is" if Path("/proc/driver/nvidia/version").exists() else "no NVIDIA driver is"
-        return f"torch {torch.__version__} is built without CUDA, and {driver} loaded"
+        return f"torch {torch.__version__} is built without CUDA, and {driver} loaded", False
     if not torch.cuda.is_available():
-        return f"torch {torch.__version__} is built for CUDA {torch.version.cuda} and finds no device"
+        return f"torch {torch.__version__} is built for CUDA {torch.version.cuda} and finds no device", False
     names = sorted({torch.cuda.get_device_name(device) for device in range(torch.cuda.device_count())})
-    return f"{torch.cuda.device_count()} devices are here: {', '.join(names)}"
+    return f"{torch.cuda.device_count()} devices are here: {', '.join(names)}", True
 
 
 def _version_of(package: str) -> str | None:

@@ -77,7 +77,7 @@ class Buffer:
 
     def get_local_buffer_tensor(self, dtype: torch.dtype, size: Any = None, **unused: Any) -> torch.Tensor:
         """For callers that zero it after a fault: there is nothing to zero, as late rows are told by their words."""
-        return torch.empty([0], dtype=dtype)
+        return torch.empty([0], dtype=dtype, device=self._buffers.device)
 
     # -- rounds --------------------------------------------------------------------------------------------------------
 

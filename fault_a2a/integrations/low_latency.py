@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import torch
 
 from fault_a2a.config import SCALE_BLOCK
-from fault_a2a.integrations.rank_buffers import LayerShape, OpenLayer, RankBuffers
+from fault_a2a.integrations.rank_buffers import LayerShape, OpenLayer, RankBuffers, backend_for
 from fault_a2a.integrations.scale_layout import as_float32, column_major
 from fault_a2a.rounds import Received, RecvHook
 
@@ -49,8 +49,9 @@ def send_tokens(
         num_max_tokens=num_max_tokens,
         dtype=x.dtype,
         quantized="" if not use_fp8 else "ue8m0" if round_scale or use_ue8m0 else "float32",
+        backend=backend_for(x),
     )
-    weights = torch.ones(topk_idx.shape, dtype=torch.float32)
+    weights = torch.ones(topk_idx.shape, dtype=torch.float32, device=x.device)
     received, opened, hook = buffers.dispatch(shape, x, topk_idx, weights)
     if received.scales is None:
         return received.x, received.num_tokens, opened, hook
@@ -69,10 +70,10 @@ def send_tokens(
 def _scales_to_fill(received: Received, num_blocks: int, packed: bool) -> torch.Tensor:
     """The caller holds it before its rows are there, so it is laid out now and filled then."""
     assert received.scales is not None
-    rows = received.scales.shape[:2]
+    rows, device = received.scales.shape[:2], received.x.device
     if packed:
-        return column_major(torch.empty([*rows, received.scales.shape[2]], dtype=torch.int32))
-    return column_major(torch.empty([*rows, num_blocks], dtype=torch.float32))
+        return column_major(torch.empty([*rows, received.scales.shape[2]], dtype=torch.int32, device=device))
+    return column_major(torch.empty([*rows, num_blocks], dtype=torch.float32, device=device))
 
 
 def return_rows(
@@ -80,7 +81,7 @@ def return_rows(
 ) -> tuple[torch.Tensor, Done, Any]:
     """(the sums, event, the hook that fills them or ``None`` if they are filled)."""
     if out is None:
-        out = torch.empty([topk_weights.shape[0], y.shape[-1]], dtype=y.dtype)
+        out = torch.empty([topk_weights.shape[0], y.shape[-1]], dtype=y.dtype, device=y.device)
     _, hook = opened.combine(y, out, topk_weights)
     return out, Done(), hook_or_receive(hook, return_recv_hook)
 

@@ -32,6 +32,7 @@ class LayerShape:
     Attributes:
         num_local_experts: on every rank; expert e stands on rank ``e // num_local_experts``.
         quantized: ``""``: rows travel as they are; ``"float32"`` or ``"ue8m0"``: as fp8 e4m3 with such scales.
+        backend: as in ``Config``: where the layer's tensors are (``backend_for``).
     """
 
     hidden: int
@@ -40,6 +41,7 @@ class LayerShape:
     num_max_tokens: int
     dtype: torch.dtype
     quantized: str = ""
+    backend: str = "cpu"
 
     def config(self, num_ranks: int, **timeouts: Any) -> Config:
         scales = {"float32": torch.float32, "ue8m0": torch.int32}
@@ -51,8 +53,16 @@ class LayerShape:
             dtype=self.dtype,
             dispatch_dtype=torch.float8_e4m3fn if self.quantized else None,
             scale_dtype=scales[self.quantized] if self.quantized else torch.float32,
+            # The GPU's kernels take a batch in one chunk.
+            num_chunk_tokens=None if self.backend == "cpu" else self.num_max_tokens,
+            backend=self.backend,
             **timeouts,
         )
+
+
+def backend_for(x: torch.Tensor) -> str:
+    """What runs the rounds of a layer whose rows are ``x``."""
+    return "cuda" if x.is_cuda else "cpu"
 
 
 @dataclass(eq=False)  # one round is like no other
@@ -105,6 +115,11 @@ class RankBuffers:
     @property
     def num_ranks(self) -> int:
         return self.group.num_ranks
+
+    @property
+    def device(self) -> torch.device:
+        """Where the layers' tensors are; the CPU until a layer has run."""
+        return next((buffer.device for buffer in self.all), torch.device("cpu"))
 
     @property
     def all(self) -> list[Buffer]:
@@ -174,9 +189,9 @@ class RankBuffers:
             if shape not in self._alone:
                 num_rows = shape.num_max_tokens * self.num_ranks
                 num_topk = min(shape.num_topk, shape.num_local_experts)
-                config = replace(shape, num_max_tokens=num_rows, num_topk=num_topk).config(
-                    1, num_chunk_tokens=min(num_rows, DEFAULT_CHUNK_TOKENS)
-                )
+                alone = replace(shape, num_max_tokens=num_rows, num_topk=num_topk)
+                chunk = min(num_rows, DEFAULT_CHUNK_TOKENS) if shape.backend == "cpu" else num_rows
+                config = replace(alone.config(1), num_chunk_tokens=chunk)
                 self._alone[shape] = Buffer(Group(dist.HashStore(), 0, 1, fabric=LocalFabric()), config)
             return self._alone[shape]
 

@@ -11,11 +11,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 
 from fault_a2a._core import core
 from fault_a2a.buffer import Buffer
 from fault_a2a.config import Config
+from fault_a2a.gpu import device_of
 from fault_a2a.group import Group
 
 T = TypeVar("T")
@@ -26,6 +28,7 @@ class LocalFabric:
     """The windows of all virtual ranks, made by the first rank that asks."""
 
     extra: dict[str, Any] = field(default_factory=dict)
+    descriptors: dict[tuple[int, int], int] = field(default_factory=dict)  # by owner and writer, until they are opened
     _group: Any = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -55,20 +58,36 @@ class VirtualRanks:
         self.config = config
         turns = itertools.cycle(backends or [config.backend])
         configs = [dataclasses.replace(config, backend=backend) for backend, _ in zip(turns, groups, strict=False)]
-        self.buffers: list[Buffer] = run_threads(list(map(partial, itertools.repeat(Buffer), groups, configs)))
+        self._streams = [_stream_for(config.backend) for config in configs]
+        makers = map(partial, itertools.repeat(Buffer), groups, configs)
+        self.buffers: list[Buffer] = run_threads(list(map(self._on_stream, range(num_ranks), makers)))
+
+    def _on_stream(self, rank: int, call: Callable[[], T]) -> Callable[[], T]:
+        """On a GPU a stream of its own: in one that they share, a rank would wait for kernels that stand behind its."""
+
+        def on_stream() -> T:
+            with torch.cuda.stream(self._streams[rank]):
+                return call()
+
+        return on_stream if self._streams[rank] is not None else call
 
     def run(self, work: Callable[[Buffer], T], ranks: list[int] | None = None) -> list[Any]:
-        chosen = self.buffers if ranks is None else [self.buffers[rank] for rank in ranks]
-        return run_threads([partial(work, buffer) for buffer in chosen], keep_errors=True)
+        chosen = range(len(self.buffers)) if ranks is None else ranks
+        calls = [self._on_stream(rank, partial(work, self.buffers[rank])) for rank in chosen]
+        return run_threads(calls, keep_errors=True)
 
     def close(self) -> None:
-        run_threads([buffer.close for buffer in self.buffers])
+        run_threads([self._on_stream(rank, buffer.close) for rank, buffer in enumerate(self.buffers)])
 
     def __enter__(self) -> VirtualRanks:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _stream_for(backend: str) -> torch.cuda.Stream | None:
+    return torch.cuda.Stream() if device_of(backend).type == "cuda" else None
 
 
 def run_threads(calls: list[Callable[[], Any]], keep_errors: bool = False, timeout_s: float = 120.0) -> list[Any]:

@@ -26,7 +26,7 @@ DTYPES = {
     "fp16": "float16",
     "float16": "float16",
 }
-_BACKENDS = ("cpu", "triton", "cuda-host")
+_BACKENDS = ("cpu", "cuda", "triton", "cuda-host")
 _COMPUTE = re.compile(r"(?P<least>\d+)(-(?P<most>\d+))?", re.ASCII)
 _LATER = {
     "repair": "repairing a step from replicas",
@@ -146,7 +146,7 @@ def add_arguments(parser: LateHelpParser) -> None:
         "--backend",
         default="cpu",
         metavar="NAME[,NAME]",
-        help="who runs the kernels, the ranks in turn: cpu, triton, or cuda-host: CUDA's, on a CPU (%(default)s)",
+        help="who runs the kernels, the ranks in turn: cpu, cuda, triton, or cuda-host: CUDA's, on a CPU (%(default)s)",
     )
     size.add_argument("--text", metavar="FILE", help="where the tokens come from (the project's README)")
     size.add_argument("--seed", type=int, default=0, metavar="N", help="of all that is random (%(default)s)")

@@ -163,13 +163,14 @@ class DrillRank:
 
         began_ns = core.now_ns()
         self.buffer.begin_step()
-        waited = [self._waited_ns()]
-        recv, handle = self.buffer.dispatch(x, topk_idx, topk_weights)
+        device, waited = self.buffer.device, [self._waited_ns()]
+        recv, handle = self.buffer.dispatch(x.to(device), topk_idx.to(device), topk_weights.to(device))
+        recv = recv.to(torch.device("cpu"))
         at_ns = [began_ns, core.now_ns()]
         waited.append(self._waited_ns())
         sources = handle.sources()
         rows = recv.x.reshape(-1, self.drill.hidden)[sources[:, 0].long()]  # a copy: recv.x ends with its combine
-        y = self._experts(recv)
+        y = self._experts(recv).to(device)
         at_ns.append(core.now_ns())
         out, outcome = self.buffer.combine(y, handle)
         end_ns = core.now_ns()
@@ -177,7 +178,7 @@ class DrillRank:
 
         self._tell_seen()
         num_corrupt = self.judge.num_corrupt_rows(step, rows, sources, recv.num_tokens)
-        accounts = self.judge.accounts(step, out, outcome.codes, self._active_mask(round_number))
+        accounts = self.judge.accounts(step, out.cpu(), outcome.codes.cpu(), self._active_mask(round_number))
         exact, why = accounts.exact, accounts.why
         if bool(outcome.lost) != bool(accounts.lost_on):
             exact, why = False, f"outcome.lost says {bool(outcome.lost)}, its codes say {bool(accounts.lost_on)}"

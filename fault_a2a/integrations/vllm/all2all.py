@@ -65,7 +65,9 @@ class FaultA2AManager(All2AllManagerBase):
 
     def query_active_mask(self) -> torch.Tensor:
         """int32 ``[ranks of the group]``, **1 = gone**, in vLLM's polarity. Does not block."""
-        return torch.tensor(self._made().mask_status()[: FaultA2AManager._ep_size], dtype=torch.int32)
+        buffers = self._made()
+        masked = buffers.mask_status()[: FaultA2AManager._ep_size]
+        return torch.tensor(masked, dtype=torch.int32, device=buffers.device)
 
     def query_fault(self) -> torch.Tensor:
         """A bool scalar: is a rank gone, or a choice lost, that was not acknowledged? Does not block.
@@ -78,7 +80,7 @@ class FaultA2AManager(All2AllManagerBase):
         if fault and settings.ON_FAULT_SETTING.value() == "serve":
             self.acknowledge_fault()
             fault = False
-        return torch.tensor(fault)
+        return torch.tensor(fault, device=self._made().device)
 
     def acknowledge_fault(self) -> None:
         """``query_fault`` tells only of what comes after this. Ranks that are gone stay gone."""

@@ -12,7 +12,7 @@ from vllm.model_executor.layers.fused_moe.utils import moe_kernel_quantize_input
 from vllm.v1.worker.ubatching import dbo_current_ubatch_id, dbo_maybe_run_recv_hook
 
 from fault_a2a.config import HIDDEN_MULTIPLE, MAX_HIDDEN, SCALE_BLOCK
-from fault_a2a.integrations.rank_buffers import LayerShape, OpenLayer, RankBuffers
+from fault_a2a.integrations.rank_buffers import LayerShape, OpenLayer, RankBuffers, backend_for
 from fault_a2a.integrations.scale_layout import column_major
 from fault_a2a.rounds import Received
 
@@ -156,6 +156,7 @@ class FaultA2APrepareAndFinalize(mk.FusedMoEPrepareAndFinalizeModular):
             num_max_tokens=self.max_tokens_per_rank,
             dtype=a1.dtype,
             quantized=("ue8m0" if self.use_ue8m0_dispatch else "float32") if self.use_fp8_dispatch else "",
+            backend=backend_for(a1),
         )
 
     def _prepared(self, received: Received, quant_config: Any) -> Any:

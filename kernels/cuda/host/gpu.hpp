@@ -6,6 +6,11 @@
 namespace fa2a {
 namespace cuda {
 
+// As `Kernel` numbers them.
+constexpr const char* kKernelNames[device::kNumKernels] = {"dispatch_route",  "dispatch_send",  "dispatch_collect",
+                                                           "dispatch_expand", "combine_answer", "combine_gather",
+                                                           "combine_reduce"};
+
 // One launch. The arguments are those that `kernel` takes, and are read before `launch` returns.
 struct Launch {
   device::Kernel kernel;

@@ -73,7 +73,6 @@ void Rank::launch(Kernel kernel, i32 num_blocks, const void* arguments, DeviceHa
 
 // Nothing of it changes between two launches that a graph holds; what does, the kernels find in device memory.
 void Rank::tell_settings() {
-  if (copy_.tick_ns != c_.tick_ns) gpu_->upload(&rank_->tick_ns, &(copy_.tick_ns = c_.tick_ns), sizeof(i64));
   // Of a newcomer, told after it was set up; otherwise kernels move it on.
   if (copy_.next_round != c_.next_round)
     gpu_->upload(&rank_->next_round, &(copy_.next_round = c_.next_round), sizeof(u64));

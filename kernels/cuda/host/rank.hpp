@@ -37,6 +37,8 @@ class Rank {
   void launch_combine_send(const CombineArgs& args, device::DeviceHandle* handle);
   void launch_combine_receive(const ReduceArgs& args, i32 num_tokens, device::DeviceHandle* handle);
 
+  // From any thread, at any time: how often a waiting kernel shows that this rank lives.
+  void set_tick(i64 tick_ns) { gpu_->upload(&rank_->tick_ns, &tick_ns, sizeof tick_ns); }
   // Takes over what the host has changed since, and what kernels have. Between launches.
   void tell_settings();
   void refresh();

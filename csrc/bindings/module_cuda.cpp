@@ -1,0 +1,77 @@
+// What Python asks of a rank on a GPU beyond the verbs: windows to hand over, streams, launches that nobody waits for.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "bindings/endpoint.hpp"
+#include "kernels/cuda/host/driver_gpu.hpp"
+#if defined(FA2A_TEST_HOOKS) && FA2A_TEST_HOOKS
+#include "kernels/cuda/twin/driver.hpp"
+#endif
+
+namespace py = pybind11;
+
+namespace fa2a {
+
+namespace {
+
+using device::DeviceHandle;
+using Address = std::uintptr_t;
+
+template <class T>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+cuda::Rank& rank_of(Endpoint& endpoint) {
+  if (endpoint.cuda() == nullptr)
+    throw py::value_error("this rank has no kernels on a GPU; construct it with backend=\"cuda\"");
+  return *endpoint.cuda();
+}
+
+void launch_dispatch_send(Endpoint& e, Address x, Address scales, Address topk_idx, bool idx_is_64_bit,
+                          Address topk_weights, i32 num_tokens, Address handle) {
+  rank_of(e).launch_dispatch_send({at<const u8>(x), at<const u8>(scales), at<const void>(topk_idx), idx_is_64_bit,
+                                   at<const float>(topk_weights), num_tokens},
+                                  at<DeviceHandle>(handle));
+}
+
+void launch_dispatch_receive(Endpoint& e, Address recv_x, Address recv_scales, Address recv_weights, Address counts,
+                             Address offsets, Address handle) {
+  rank_of(e).launch_dispatch_receive(
+      {0, at<u8>(recv_x), at<u8>(recv_scales), at<float>(recv_weights), at<i32>(counts), at<i32>(offsets)},
+      at<DeviceHandle>(handle));
+}
+
+void launch_combine_send(Endpoint& e, Address y, Address handle) {
+  rank_of(e).launch_combine_send({at<const u8>(y), 0, /*abandon=*/false}, at<DeviceHandle>(handle));
+}
+
+void launch_combine_receive(Endpoint& e, Address out, Address codes, Address lost, Address topk_weights, i32 num_tokens,
+                            Address handle) {
+  rank_of(e).launch_combine_receive({0, at<u8>(out), at<u8>(codes), at<u8>(lost), at<const float>(topk_weights)},
+                                    num_tokens, at<DeviceHandle>(handle));
+}
+
+}  // namespace
+
+void bind_cuda(py::module_& m, py::class_<Endpoint, std::shared_ptr<Endpoint>>& endpoint) {
+  m.attr("device_rank_bytes") = sizeof(device::DeviceRank);
+  m.attr("device_handle_bytes") = sizeof(DeviceHandle);
+  m.def("set_stream", &cuda::set_stream);
+  // The launches return before their kernels run; without a GPU, with the twin, after.
+  using Unlocked = py::call_guard<py::gil_scoped_release>;
+  endpoint.def("export_partition", &Endpoint::export_partition)
+      .def("open_partition", &Endpoint::open_partition)
+      .def("refresh", &Endpoint::refresh, Unlocked())
+      .def("launch_dispatch_send", &launch_dispatch_send, Unlocked())
+      .def("launch_dispatch_receive", &launch_dispatch_receive, Unlocked())
+      .def("launch_combine_send", &launch_combine_send, Unlocked())
+      .def("launch_combine_receive", &launch_combine_receive, Unlocked());
+#if defined(FA2A_TEST_HOOKS) && FA2A_TEST_HOOKS
+  m.def("begin_twin_capture", &twin::begin_capture);
+  m.def("end_twin_capture", &twin::end_capture);
+  m.def("replay_twin", &twin::replay, Unlocked());
+#endif
+}
+
+}  // namespace fa2a

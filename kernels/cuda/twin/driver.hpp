@@ -1,0 +1,19 @@
+// A CUDA driver whose device is the twin: what speaks to the driver is run in earnest where there is no GPU. Test
+// build.
+#pragma once
+
+#include "kernels/cuda/twin/gpu.hpp"
+#include "transport/cuda_driver.hpp"
+
+namespace fa2a {
+namespace twin {
+
+const cuda::Driver& driver();
+
+// Launches of the calling thread are kept instead of run, as by a stream that is captured, and run as often as asked.
+void begin_capture();
+i32 end_capture();  // which graph of this thread they are
+void replay(i32 graph);
+
+}  // namespace twin
+}  // namespace fa2a
