@@ -280,3 +280,14 @@ def test_a_group_that_cannot_be_built_is_reported(tmp_path):
     answer = json.loads(done.stdout)
     assert done.returncode == 1 and not answer["ok"] and set(KEYS) <= set(answer)
     assert any("failed" in problem for problem in answer["problems"]) and "Traceback" in done.stderr
+
+
+def test_a_thread_that_is_just_ending_is_waited_for_and_one_that_stays_is_not(monkeypatch):
+    from fault_a2a.cli.drill import parent
+
+    listings = iter([["1", "2"], ["1", "2"], ["1"]])
+    monkeypatch.setattr(parent.os, "listdir", lambda path: next(listings))
+    assert parent._count_threads() == 1
+    monkeypatch.setattr(parent.os, "listdir", lambda path: ["1", "2"])
+    monkeypatch.setattr(parent, "_ENDING_THREAD_S", 0.01)
+    assert parent._count_threads() == 2
