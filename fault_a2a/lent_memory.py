@@ -59,8 +59,8 @@ class LendsMemory:
             ``[capacity * min(num_topk, num_local_experts), hidden]``, of which the first rows count. It is the caller's
             for as long as anything refers to it, an open round included.
 
-        Not collective, does not block. Not for compiled code, nor captured: each call gives other memory. On a GPU it is
-        what torch gives, which keeps pages itself.
+        Not collective, does not block. Not for compiled code, nor captured: each call gives other memory. On a GPU it
+        is what torch gives, which keeps pages itself.
         """
         return self._output_memory.lend()
 
