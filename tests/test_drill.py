@@ -282,6 +282,13 @@ def test_a_group_that_cannot_be_built_is_reported(tmp_path):
     assert any("failed" in problem for problem in answer["problems"]) and "Traceback" in done.stderr
 
 
+def test_no_command_has_picked_a_core_before_it_knows_its_options():
+    """A fault at a phase needs the test build; the suite itself runs on that, so only a process without it can tell."""
+    environment = {name: value for name, value in os.environ.items() if name != "FAULT_A2A_CORE"}
+    program = "import sys, fault_a2a.cli.main; sys.exit('fault_a2a._core' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], env=environment, cwd=ROOT, check=False).returncode == 0
+
+
 def test_a_thread_that_is_just_ending_is_waited_for_and_one_that_stays_is_not(monkeypatch):
     from fault_a2a.cli.drill import parent
 
