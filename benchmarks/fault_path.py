@@ -59,8 +59,8 @@ class Cell:
             return "nobody would be left"
         if self.kind == "stop" and 2 * survivors < self.num_ranks:
             return "those who are left are no quorum: a stopped rank is not proven dead, so they wait for it"
-        if self.kind == "slow" and 2 * survivors <= self.num_ranks:
-            return "half of the group would accuse the other half, and the verdict cannot tell which of them is late"
+        if self.kind in ("stop", "slow") and 2 * survivors <= self.num_ranks:
+            return "half of the group would accuse the other half, and no verdict can tell which of them is ill"
         return ""
 
     def faults(self, seed: int, run: int) -> dict[str, list[str]]:
@@ -70,9 +70,7 @@ class Cell:
             ends = chance.sample(range(self.num_ranks), 2 * self.num_victims)
             pairs = zip(ends[::2], ends[1::2], strict=True)
             return {"cut": [f"{one}-{other}@{FAULT_STEP}" for one, other in pairs]}
-        # Exactly half of a group may decide only with its lowest rank, so that one is spared where it matters.
-        spared = int(self.kind == "stop" and 2 * self.num_victims == self.num_ranks)
-        victims = chance.sample(range(spared, self.num_ranks), self.num_victims)
+        victims = chance.sample(range(self.num_ranks), self.num_victims)
         after_us = chance.randrange(self.num_ranks * _INSTANTS_US)
         if self.kind == "exit":
             return {"kill": [f"{rank}@{FAULT_STEP}+{after_us}" for rank in victims]}
