@@ -133,8 +133,8 @@ def _read(path: str) -> list[dict[str, Any]]:
         raise ValueError(f"--render {path}: {error}; name a file that --out wrote") from None
     if not records or any(record.get("benchmark") != "fault_path" for record in records):
         raise ValueError(f"--render {path}: it holds no records of this benchmark; name a file that --out wrote")
-    newest = {(one["kind"], one["num_victims"], one["num_ranks"]): one for one in records}
-    return list(newest.values())
+    newest = {(KINDS.index(one["kind"]), one["num_victims"], one["num_ranks"]): one for one in records}
+    return [newest[key] for key in sorted(newest)]
 
 
 # -- measuring -------------------------------------------------------------------------------------------------------
