@@ -24,7 +24,7 @@ from fault_a2a.gpu import device_of, gpu_fields
 from fault_a2a.group import Group, as_group, forget_names, host_of_this_process
 from fault_a2a.halves import Halves
 from fault_a2a.joins import WayIn, tell_life
-from fault_a2a.lent_memory import LentMemory
+from fault_a2a.lent_memory import LendsMemory
 from fault_a2a.lives import Membership
 from fault_a2a.membership import MembershipThread, View, arbiter_for
 from fault_a2a.placement import as_whole_number
@@ -32,7 +32,7 @@ from fault_a2a.planted_faults import PlantedFaults
 from fault_a2a.rounds import Handle, Outcome, Received, RecvHook, SourceStats, Verbs, check_is_handle, verbs_for
 
 
-class Buffer(Halves, Collectives, Membership, PlantedFaults):
+class Buffer(Halves, Collectives, LendsMemory, Membership, PlantedFaults):
     """One rank's end of the all-to-all.
 
     Construction is collective and blocks, at most ``config.construct_timeout_ms``. Everything else is per rank.
@@ -151,7 +151,7 @@ class Buffer(Halves, Collectives, Membership, PlantedFaults):
         fields = core_fields(self.config, self.num_ranks, self.group.rank)
         self.verbs = verbs_for(self.config.backend, self.core, fields)
         self.id = ops.register(self)
-        self._memory = LentMemory(self.recv_shape, self.config.recv_dtype, self.device)
+        self._open_memory(self.recv_shape, self.device)
         arbiter = arbiter_for(self.config, self.group)
         self._membership = MembershipThread(self.core, arbiter, self.rank, self._callbacks, joined)
 

@@ -18,7 +18,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from fault_a2a import nvrtc
-from fault_a2a._core import core
 
 # Of every file its kernels, in the order of a round.
 KERNELS = {
@@ -31,10 +30,7 @@ KERNELS = {
 VARIANTS = {"bfloat16": 0, "float32": 1, "float16": 2}
 ARCHS = ("90a", "100a", "103a", "120a")
 _ARCH = re.compile(r"[1-9]\d{1,2}[af]?", re.ASCII)
-_OPTIONS = (
-    *("-std=c++17", "-default-device", "--fmad=false", "--ptxas-options=-v"),
-    f"-DFA2A_RANK_BYTES={core.device_rank_bytes}",  # the host's half is another compiler's
-)
+_OPTIONS = ("-std=c++17", "-default-device", "--fmad=false", "--ptxas-options=-v")
 _ENTRY = re.compile(r"Compiling entry function '(?P<name>\w+)'")
 _SPILLS = re.compile(r"(?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads")
 _USED = re.compile(r"Used (?P<registers>\d+) registers")
@@ -89,8 +85,12 @@ def cache_folder() -> Path:
 def _compile_file(
     library: ctypes.CDLL, name: str, arch: str, variant: str, folder: Path
 ) -> tuple[Path, list[KernelRow]]:
+    # Not before: every command imports this module, and which core it is is settled when it is first imported.
+    from fault_a2a._core import core
+
     kernels, include = _source_folders()
-    options = [*_OPTIONS, f"-DFA2A_DTYPE={VARIANTS[variant]}", f"-arch=sm_{arch}"]
+    rank_bytes = f"-DFA2A_RANK_BYTES={core.device_rank_bytes}"  # the host's half is another compiler's
+    options = [*_OPTIONS, rank_bytes, f"-DFA2A_DTYPE={VARIANTS[variant]}", f"-arch=sm_{arch}"]
     key = _key([nvrtc.version(library), name, *options], _sources(kernels, include))
     cubin, rows = folder / f"{key}.cubin", folder / f"{key}.json"
     known = _read(cubin, rows)
