@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -40,19 +40,6 @@ def without(*guards: str) -> Iterator[None]:
         yield
     finally:
         core.set_guards_off(0)
-
-
-SHOWS_NOTHING = "the scenario shows nothing"
-
-
-def shown(scenario: Callable[[], Wrong], num_tries: int = 3) -> Wrong:
-    """What went wrong; tried again while a busy machine kept the scenario from happening at all."""
-    wrong = scenario()
-    for _ in range(num_tries - 1):
-        if not any(text.endswith(SHOWS_NOTHING) for text in wrong):
-            break
-        wrong = scenario()
-    return wrong
 
 
 def small(**changes: object) -> Config:
@@ -116,7 +103,7 @@ def overtaken() -> Wrong:
         tallies = raised(ranks.run(one))
         wrong = corrupt(tallies)
         if len(ranks.buffers[0].views()) < 3:
-            wrong.append(f"the suspicion was never lifted: {SHOWS_NOTHING}")
+            wrong.append("the suspicion was never lifted: the scenario shows nothing")
         return wrong
 
 
@@ -338,7 +325,7 @@ def lying(*lies: str, from_round: int = 4, wait_ms: int = 60_000, stall_ms: int 
         if refused == 0 and set(lies) & {"count", "expert", "choice", "num_choices", "twice", "claims"}:
             wrong.append("a wrong number was believed")
         if ranks.buffers[1].core.num_faults() == 0:
-            wrong.append(f"no lie was told: {SHOWS_NOTHING}")
+            wrong.append("no lie was told: the scenario shows nothing")
         return wrong + lost_between_live(ranks, work, [tallies[0], tallies[2]], {1})
 
 

@@ -19,7 +19,7 @@ from fault_a2a.errors import ClosedError
 from fault_a2a.testing.virtual import VirtualRanks
 from tests import rig, scenarios
 from tests.apart import exit_code
-from tests.rig import Checker, Tally, Work, raised, run_checked
+from tests.rig import Checker, Tally, Work, raised, run_checked, shown
 from tests.scenarios import Wrong, without
 from tests.test_guards import TABLE
 
@@ -145,7 +145,7 @@ def test_guard(guard: str) -> None:
     scenario, others = TABLE[guard]
     with all_on(*GUARDS[guard]):
         with without(*others):
-            assert scenarios.shown(scenario) == []
+            assert shown(scenario) == []
         with without(guard, *others):
             assert any(scenario() for _ in range(3))
 

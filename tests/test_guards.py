@@ -14,6 +14,7 @@ from fault_a2a._core import core
 from tests import collective_scenarios, join_scenarios, scenarios
 from tests.apart import exit_code
 from tests.ballots import WENT_WRONG, run
+from tests.rig import shown
 from tests.scenarios import Wrong, without
 
 torch.set_num_threads(1)
@@ -76,7 +77,7 @@ def test_every_guard_is_listed() -> None:
 def test_scenario_is_clean_with_the_guard(guard: str) -> None:
     scenario, others = TABLE[guard]
     with without(*others):
-        assert scenarios.shown(scenario) == []
+        assert shown(scenario) == []
 
 
 @pytest.mark.parametrize("guard", TABLE)
