@@ -14,7 +14,7 @@ VENV ?= .venv
 VENV_VLLM ?= .venv-vllm
 PY := $(VENV)/bin/python
 STAMPS := $(VENV)/stamps
-CPP_FILES = $(shell find csrc kernels tests/native tests/simulator -name '*.[ch]pp' -o -name '*.cu' 2>/dev/null)
+CPP_FILES = $(shell find benchmarks csrc kernels tests/native tests/simulator -name '*.[ch]pp' -o -name '*.cu' 2>/dev/null)
 
 .PHONY: drill test test-vllm prove simulate lint lint-python lint-types lint-cpp format native build clean distclean
 .DELETE_ON_ERROR:

@@ -30,7 +30,7 @@ class CMakeBuild(build_ext):
             self._configure(build_dir)
             _cmake("--build", build_dir, "--parallel", str(os.cpu_count() or 1), quiet=False)
             _cmake("--install", build_dir, "--prefix", package_dir)
-            if self.inplace:  # never into a wheel: the core without its guards, if CMAKE_ARGS asked for it
+            if self.inplace:  # never into a wheel: what benchmarks alone need, if CMAKE_ARGS asked for it
                 _cmake("--install", build_dir, "--prefix", package_dir, "--component", "benchmark")
 
     def _configure(self, build_dir: Path) -> None:

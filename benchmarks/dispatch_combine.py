@@ -12,7 +12,6 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,7 @@ if not __package__:  # run as a file
 from .contest import Score, run_contest
 from .floor import FORMULA, floor_us, traffic
 from .machine import ROOT, where_and_when
-from .mpi import Mpi
-from .mpi_team import MpiTeam
+from .mpi_team import team_of
 from .options import (
     Library,
     add_output_options,
@@ -38,7 +36,6 @@ from .peers import PEERS, chosen_peers
 from .report import as_text
 from .spread import spread
 from .systems import Copy, FaultA2A, System, copied_bytes_per_round
-from .teams import Team
 from .work import TOLERANCE, Shape
 
 OURS, COPY = "fault_a2a", "memcpy"
@@ -63,18 +60,23 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def measure(arguments: argparse.Namespace, watch: Callable[[int], None]) -> dict[str, Any]:
     """The whole record of one run."""
-    shape, library = shape_of(arguments), arguments.library
+    shape = shape_of(arguments)
     systems: dict[str, type[System]] = {OURS: FaultA2A, **{name: PEERS[name] for name in arguments.peers}, COPY: Copy}
     began = where_and_when()
     scores = run_contest(
-        [
-            partial(MpiTeam if issubclass(system, Mpi) else Team, name, system, shape, arguments.seed)
-            for name, system in systems.items()
-        ],
+        [team_of(name, system, shape, arguments.seed) for name, system in systems.items()],
         arguments.warm_up,
         arguments.iterations,
         watch=watch,
     )
+    return as_record(arguments, began, scores, systems)
+
+
+def as_record(
+    arguments: argparse.Namespace, began: dict[str, Any], scores: list[Score], systems: dict[str, type[System]]
+) -> dict[str, Any]:
+    """Of a contest that ``began`` then, the last of whose systems is the copy."""
+    shape, library = shape_of(arguments), arguments.library
     record = {
         "benchmark": "dispatch_combine",
         "ok": not any(score.failure for score in scores),
@@ -87,7 +89,7 @@ def measure(arguments: argparse.Namespace, watch: Callable[[int], None]) -> dict
         "tolerance_of_peers": TOLERANCE,
     }
     record["versions"] = {"fault_a2a": library.version, "core": library.core, **began["versions"]}
-    copy_score = scores.pop()
+    *scores, copy_score = scores
     floor = _floor(shape, library, arguments.seed, copy_score)
     moved_bytes = floor["traffic"]["total_bytes"]
     rows = [_row(score, systems[score.name], shape, moved_bytes, floor["floor_us"]) for score in scores]

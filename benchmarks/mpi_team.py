@@ -10,12 +10,14 @@ import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 
 from .barrier import Barrier, Place
 from .machine import IMPORT_ROOT, PACKAGE
 from .mpi import Mpi
+from .systems import System
 from .teams import Team, TeamFailedError, die_with, serve
 from .work import Shape
 
@@ -98,6 +100,11 @@ class MpiTeam(Team):
             self.starter.wait()
         self.listener.close()
         self.folder.cleanup()
+
+
+def team_of(name: str, system: type[System], shape: Shape, seed: int) -> Callable[[], Team]:
+    """What makes the team that runs a system: its ranks are forked, or mpirun's."""
+    return partial(MpiTeam if issubclass(system, Mpi) else Team, name, system, shape, seed)
 
 
 def main() -> None:

@@ -95,8 +95,10 @@ class Library:
     window_bytes: int  # of one rank
 
 
-def ask_library(shape: Shape, num_teams: int) -> Library:
+def ask_library(shape: Shape, num_teams: int, num_local_ranks: int | None = None, num_ours: int = 1) -> Library:
     """Checks the shape; nothing is started if it cannot be run.
+
+    ``num_local_ranks``: if not all are on this host. ``num_ours``: of the teams, those that have windows.
 
     Raises:
         ValueError: naming the option, and what to change.
@@ -119,7 +121,7 @@ def ask_library(shape: Shape, num_teams: int) -> Library:
         library = Library(**in_a_fork(ask))
     except ValueError as error:
         raise ValueError(_named_by_option(str(error))) from None
-    _check_memory(shape, library, num_teams)
+    _check_memory(shape, library, num_teams, num_local_ranks or shape.ranks, num_ours)
     return library
 
 
@@ -128,10 +130,10 @@ def _named_by_option(text: str) -> str:
     return f"{_OPTION_OF_FIELD[field]} ({text})" if field in _OPTION_OF_FIELD else text
 
 
-def _check_memory(shape: Shape, library: Library, num_teams: int) -> None:
-    windows = shape.ranks * library.window_bytes
-    rows = 6 * shape.ranks * shape.tokens * shape.topk * shape.row_bytes  # tokens, received, returned and summed rows
-    needed = windows + num_teams * (rows + shape.ranks * _PROCESS_BYTES) + 2 * shape.ranks * Copy.BLOCK_BYTES
+def _check_memory(shape: Shape, library: Library, num_teams: int, num_local_ranks: int, num_ours: int) -> None:
+    windows = num_ours * num_local_ranks * library.window_bytes
+    rows = 6 * num_local_ranks * shape.tokens * shape.topk * shape.row_bytes  # tokens, received, returned, summed rows
+    needed = windows + num_teams * (rows + num_local_ranks * _PROCESS_BYTES) + 2 * num_local_ranks * Copy.BLOCK_BYTES
     for have, what, need in (
         (shared_memory_bytes(), "free in /dev/shm", windows),
         (available_bytes(), "free memory", needed),

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import datetime
-import os
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from .gpu_peers import DeepEp, Nccl, NixlEp
 from .mpi import Mpi, MpiNoCma
-from .permuted import PerChoice, Permuted
+from .native_permutes import NativePermutes, missing_library
+from .permuted import PerChoice, Permuted, all_gather_single, process_group
+from .systems import System
 from .work import Shape
-
-_TIMEOUT = datetime.timedelta(seconds=60)
 
 
 class Gloo(Permuted):
@@ -23,9 +22,7 @@ class Gloo(Permuted):
 
     def __init__(self, shape: Shape, rank: int, store: Any) -> None:
         super().__init__(shape, rank)
-        # By the loopback device: a name server may not know this host.
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=shape.ranks, timeout=_TIMEOUT)
+        self.group = process_group("gloo", shape, rank, store)
 
     @staticmethod
     def missing() -> str:
@@ -34,22 +31,48 @@ class Gloo(Permuted):
         )
 
     def gather(self, gathered: torch.Tensor, mine: torch.Tensor) -> None:
-        dist.all_gather_into_tensor(gathered, mine)
+        all_gather_single(gathered, mine, group=self.group)
 
     def exchange(
         self, arrived: torch.Tensor, sent: torch.Tensor, recv_counts: list[int], send_counts: list[int]
     ) -> None:
-        dist.all_to_all_single(arrived, sent, recv_counts, send_counts)
+        dist.all_to_all_single(arrived, sent, recv_counts, send_counts, group=self.group)
 
     def close(self) -> None:
-        dist.destroy_process_group()
+        dist.destroy_process_group(self.group)
 
 
 class GlooPerChoice(Gloo, PerChoice):
     """gloo, a row for each choice."""
 
 
-PEERS: dict[str, type[Permuted]] = {"gloo": Gloo, "gloo-per-choice": GlooPerChoice, "mpi": Mpi, "mpi-no-cma": MpiNoCma}
+class GlooCpp(NativePermutes, Gloo):
+    """gloo between permutes in C++."""
+
+    @staticmethod
+    def missing() -> str:
+        return Gloo.missing() or missing_library()
+
+
+class MpiCpp(NativePermutes, Mpi):
+    """OpenMPI between permutes in C++."""
+
+    @staticmethod
+    def missing() -> str:
+        return Mpi.missing() or missing_library()
+
+
+PEERS: dict[str, type[System]] = {
+    "gloo": Gloo,
+    "gloo-cpp": GlooCpp,
+    "gloo-per-choice": GlooPerChoice,
+    "mpi": Mpi,
+    "mpi-cpp": MpiCpp,
+    "mpi-no-cma": MpiNoCma,
+    "nccl": Nccl,
+    "deep-ep": DeepEp,
+    "nixl-ep": NixlEp,
+}
 
 
 def chosen_peers(text: str) -> list[str]:

@@ -12,9 +12,12 @@ accumulated in float32 at the tokens' owner. What makes this peer strong:
 
 from __future__ import annotations
 
+import datetime
+import os
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.nn.functional import embedding_bag
 
 from .systems import System
@@ -24,6 +27,21 @@ from .work import Batch, Shape, expert_factors, scaled
 # weights to one would be three times as fast, and not the same work.
 _NUM_WEIGHT_PIECES = 3
 _BMM_TOKENS = 8  # a chunk whose float32 copy stays in the cache
+_TIMEOUT = datetime.timedelta(seconds=60)
+
+
+# Its name since torch 2.13, where the former one warns.
+all_gather_single = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+
+
+def process_group(backend: str, shape: Shape, rank: int, store: Any) -> Any:
+    """Of torch.distributed, for one peer; beside the default group, where a launcher's run has that already."""
+    if dist.is_initialized():
+        return dist.new_group(backend=backend, timeout=_TIMEOUT)
+    # By the loopback device: a name server may not know this host.
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group(backend, store=store, rank=rank, world_size=shape.ranks, timeout=_TIMEOUT)
+    return dist.group.WORLD
 
 
 class Permuted(System):
@@ -38,11 +56,6 @@ class Permuted(System):
         self.local_of[local_experts] = torch.arange(len(local_experts))
         self.factors = expert_factors(shape)[local_experts]
         self.num_per_expert = torch.zeros(len(local_experts), dtype=torch.int64)
-
-    @staticmethod
-    def missing() -> str:
-        """Why this machine cannot run it, and what to do; empty if it can."""
-        raise NotImplementedError
 
     def gather(self, gathered: torch.Tensor, mine: torch.Tensor) -> None:
         """Fills ``gathered`` with every rank's ``mine``, in the order of ranks: flat, contiguous, int32."""

@@ -31,7 +31,7 @@ def percentile(values: Sequence[float], percent: float) -> float:
     if not values:
         raise ValueError("values: a percentile of nothing; measure at least once")
     ordered = sorted(values)
-    return ordered[max(math.ceil(percent / 100 * len(ordered)), 1) - 1]
+    return ordered[max(math.ceil(percent * len(ordered) / 100), 1) - 1]
 
 
 def spread(values: Sequence[float]) -> Spread:

@@ -3,47 +3,58 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
+from . import launched
 from .dispatch_combine import measure
+from .launched import Launch
 from .options import ask_library
 from .report import as_text
 from .teams import in_a_fork
 from .work import Shape
 
-_PICTURES = (".svg", ".png", ".pdf")
-
 
 def task(
-    shape: dict[str, Any], peers: Sequence[str], num_iterations: int, num_warm_up: int, seed: int
+    shape: dict[str, Any],
+    peers: Sequence[str],
+    num_iterations: int,
+    num_warm_up: int,
+    seed: int,
+    num_local_ranks: int | None = None,
 ) -> argparse.Namespace:
-    """One contest, checked before anything is started.
+    """One contest, checked before anything is started. ``num_local_ranks``: if not all are on this host.
 
     Raises:
         ValueError: the shape cannot be run here; names the option and what to change.
     """
-    library = ask_library(Shape(**shape), num_teams=2 + len(peers))
+    library = ask_library(Shape(**shape), 2 + len(peers), num_local_ranks)
     return argparse.Namespace(
         **shape, peers=list(peers), iterations=num_iterations, warm_up=num_warm_up, seed=seed, library=library
     )
 
 
 def run_sweep(
-    tasks: Sequence[argparse.Namespace], watch: Callable[[int], None], say: Callable[[str], None] | None
+    tasks: Sequence[argparse.Namespace],
+    watch: Callable[[int], None],
+    say: Callable[[str], None] | None,
+    launch: Launch | None = None,
 ) -> dict[str, Any]:
     """Runs the contests one after the other; ``say`` gets the text of each as soon as it is there.
+
+    ``launch``: of the processes that a launcher made the ranks; ``None``: each contest starts its own.
 
     Returns:
         ``rows`` of all contests, their whole records as ``runs``, and ``ok``: every answer was right.
     """
     runs = []
-    for one in tasks:
-        # Each in a process of its own: a contest leaves threads behind, and the next one must fork again.
-        runs.append(in_a_fork(partial(measure, one, watch)))
+    for number, one in enumerate(tasks):
+        if launch is not None:
+            runs.append(launched.measure(launch, number, one, watch))
+        else:
+            # Each in a process of its own: a contest leaves threads behind, and the next one must fork again.
+            runs.append(in_a_fork(partial(measure, one, watch)))
         if say is not None:
             say(as_text(runs[-1]) + "\n")
     rows = [row for run in runs for row in run["rows"]]
@@ -74,24 +85,13 @@ def _table_line(row: dict[str, Any]) -> str:
     return "| " + " | ".join(map(str, [*what, *times])) + " |"
 
 
-def check_plot(file: str) -> None:
-    """Raises ``ValueError`` if the picture could not be drawn, before anything is measured."""
-    if Path(file).suffix not in _PICTURES:
-        raise ValueError(f"--plot: {file!r} does not end with {', '.join(_PICTURES)}")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("--plot: matplotlib is not installed: run `python -m pip install matplotlib`, or leave it out")
-
-
 def draw(record: dict[str, Any], file: str) -> None:
     """One group of bars a shape: the median pair of each system, with a whisker up to its 95th percentile."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
+    from fault_a2a.cli import pictures
 
     runs = record["runs"]
     systems = list(dict.fromkeys(row["system"] for row in record["rows"]))
-    figure, axes = pyplot.subplots(figsize=(2 + 2.2 * len(runs), 4.2), layout="constrained")
+    figure, axes = pictures.pyplot().subplots(figsize=(2 + 2.2 * len(runs), 4.2), layout="constrained")
     width = 0.8 / len(systems)
     for number, system in enumerate(systems):
         timed = [(place, row) for place, run in enumerate(runs) for row in run["rows"] if row["system"] == system]
@@ -106,10 +106,8 @@ def draw(record: dict[str, Any], file: str) -> None:
     axes.set_ylabel("dispatch + combine, ms (median, whisker to p95)")
     machine = runs[0]["machine"]
     axes.set_title(f"{machine['num_cores']} cores of {machine['cpu']}, {runs[0]['date'][:10]}", fontsize=9)
-    axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    figure.savefig(file)
-    pyplot.close(figure)
+    pictures.save(figure, file)
 
 
 def _caption(shape: dict[str, Any]) -> str:

@@ -23,6 +23,14 @@ class System:
     bit_exact = False
     computes = True
 
+    def __init__(self, shape: Shape, rank: int, store: Any) -> None:
+        raise NotImplementedError
+
+    @staticmethod
+    def missing() -> str:
+        """Why this machine cannot run it, and what to do; empty if it can."""
+        return ""
+
     def dispatch(self, batch: Batch) -> tuple[Any, Any]:
         """Returns what this rank's experts received, in expert-major order, and a handle."""
         raise NotImplementedError

@@ -112,6 +112,7 @@ class Answer:
 
     def trouble(self, out: torch.Tensor, bit_exact: bool) -> str:
         """What is wrong with ``out``; empty if nothing is."""
+        out = out.cpu()
         if out.shape != self.out.shape or out.dtype != self.out.dtype:
             return f"the output is {tuple(out.shape)} {out.dtype}, not {tuple(self.out.shape)} {self.out.dtype}"
         if torch.equal(out.view(torch.uint8), self.out.view(torch.uint8)):

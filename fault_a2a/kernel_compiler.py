@@ -18,7 +18,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from fault_a2a import nvrtc
-from fault_a2a._core import core
 
 # Of every file its kernels, in the order of a round.
 KERNELS = {
@@ -31,10 +30,7 @@ KERNELS = {
 VARIANTS = {"bfloat16": 0, "float32": 1, "float16": 2}
 ARCHS = ("90a", "100a", "103a", "120a")
 _ARCH = re.compile(r"[1-9]\d{1,2}[af]?", re.ASCII)
-_OPTIONS = (
-    *("-std=c++17", "-default-device", "--fmad=false", "--ptxas-options=-v"),
-    f"-DFA2A_RANK_BYTES={core.device_rank_bytes}",  # the host's half is another compiler's
-)
+_OPTIONS = ("-std=c++17", "-default-device", "--fmad=false", "--ptxas-options=-v")
 _ENTRY = re.compile(r"Compiling entry function '(?P<name>\w+)'")
 _SPILLS = re.compile(r"(?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads")
 _USED = re.compile(r"Used (?P<registers>\d+) registers")
@@ -89,8 +85,12 @@ def cache_folder() -> Path:
 def _compile_file(
     library: ctypes.CDLL, name: str, arch: str, variant: str, folder: Path
 ) -> tuple[Path, list[KernelRow]]:
+    # Not before: every command imports this module, and which core it is is settled when it is first imported.
+    from fault_a2a._core import core
+
     kernels, include = _source_folders()
-    options = [*_OPTIONS, f"-DFA2A_DTYPE={VARIANTS[variant]}", f"-arch=sm_{arch}"]
+    rank_bytes = f"-DFA2A_RANK_BYTES={core.device_rank_bytes}"  # the host's half is another compiler's
+    options = [*_OPTIONS, rank_bytes, f"-DFA2A_DTYPE={VARIANTS[variant]}", f"-arch=sm_{arch}"]
     key = _key([nvrtc.version(library), name, *options], _sources(kernels, include))
     cubin, rows = folder / f"{key}.cubin", folder / f"{key}.json"
     known = _read(cubin, rows)
@@ -104,9 +104,9 @@ def _compile_file(
         raise RuntimeError(f"NVRTC {nvrtc.version(library)} does not compile {name} for {arch}: {error}") from error
     found = _rows(compiled.log, name, arch, variant)
     # The rows come last, and say which code they belong to: whatever a crash or another process leaves is not taken.
-    _write(cubin, compiled.cubin)
+    write_whole(cubin, compiled.cubin)
     digest = hashlib.sha256(compiled.cubin).hexdigest()
-    _write(rows, json.dumps({"cubin": digest, "rows": [asdict(row) for row in found]}).encode())
+    write_whole(rows, json.dumps({"cubin": digest, "rows": [asdict(row) for row in found]}).encode())
     return cubin, found
 
 
@@ -156,7 +156,7 @@ def _read(cubin: Path, rows: Path) -> list[KernelRow] | None:
         return None
 
 
-def _write(path: Path, content: bytes) -> None:
+def write_whole(path: Path, content: bytes) -> None:
     """Whole or not at all, also beside another process that writes the same."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, suffix=".part", delete=False) as part:

@@ -190,7 +190,7 @@ def test_one_wrong_bit_of_ours_is_red():
 
 REFUSED = [
     (("--topk", "9", "--experts", "8"), ("--topk", "9 is more than num_experts (8)", "pass at most 8")),
-    (("--peers", "nccl"), ("--peers", "'nccl'", "gloo, gloo-per-choice")),
+    (("--peers", "ncll"), ("--peers", "'ncll'", "gloo, gloo-cpp")),
     (("--tokens", "0"), ("--tokens", "'0' is no number from 1 up")),
     (("--hidden", "100"), ("--hidden", "pad the rows to 104")),
     (("--ranks", "1000", "--experts", "1000"), ("--ranks 1000", "GiB", "give fewer --ranks")),

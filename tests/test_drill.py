@@ -31,6 +31,8 @@ DRILLS = {
     "long stop": ["--stop", "1@10:900", *QUICK],
     "long stop from outside": ["--stop", "3@10+500:900", *QUICK],
     "cut": ["--cut", "1-2@10", *QUICK],
+    "slow": ["--slow", "1@10:1300", "--stall-ms", "500"],
+    "a little slow": ["--slow", "1@10:200"],
     "other formats": [
         *("--kill", "1@10", "--recv-format", "packed", "--reduce", "expert"),
         *("--on-lost", "renormalize", "--dtype", "fp32"),
@@ -42,6 +44,7 @@ DRILLS = {
         *("--backend", "cuda-host,cpu", "--reduce", "expert", "--recv-format", "packed"),
     ],
     "cuda-host, rejoin": ["--kill", "1@5", "--rejoin", "1@10", "--backend", "cuda-host,cpu"],
+    "rejoin on cuda-host": ["--kill", "1@5", "--rejoin", "1@10", "--backend", "cpu,cuda-host"],
     "cuda-host, cut": ["--cut", "1-2@10", *QUICK, "--backend", "cuda-host,cpu"],
     "cuda-host, long stop": ["--stop", "1@10:900", *QUICK, "--backend", "cpu,cuda-host"],
     "no tokens": ["--tokens", "0", "--kill", "1@10"],
@@ -100,6 +103,8 @@ def test_every_promise_holds(answers, name):
         ("short stop", [], None),
         ("long stop", [1], "silence"),
         ("long stop from outside", [3], "silence"),
+        ("slow", [1], "stall"),
+        ("a little slow", [], None),
         ("cuda-host", [1], "exit"),
         ("cuda-host with cpu", [1, 2], "exit"),
         ("cuda-host, long stop", [1], "silence"),
@@ -113,7 +118,7 @@ def test_who_goes_and_why(answers, name, evicted, evidence):
     for line in answer["faults"]:
         assert (line["detect_ms"] is None) == (line["evicted"] is None)
         if line["evicted"] is not None:
-            assert 0 <= line["detect_ms"] <= line["agree_ms"]
+            assert 0 <= line["suspect_ms"] <= line["detect_ms"] <= line["agree_ms"]
 
 
 @pytest.mark.parametrize("name", ["cut", "cuda-host, cut"])
@@ -276,3 +281,21 @@ def test_a_group_that_cannot_be_built_is_reported(tmp_path):
     answer = json.loads(done.stdout)
     assert done.returncode == 1 and not answer["ok"] and set(KEYS) <= set(answer)
     assert any("failed" in problem for problem in answer["problems"]) and "Traceback" in done.stderr
+
+
+def test_no_command_has_picked_a_core_before_it_knows_its_options():
+    """A fault at a phase needs the test build; the suite itself runs on that, so only a process without it can tell."""
+    environment = {name: value for name, value in os.environ.items() if name != "FAULT_A2A_CORE"}
+    program = "import sys, fault_a2a.cli.main; sys.exit('fault_a2a._core' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], env=environment, cwd=ROOT, check=False).returncode == 0
+
+
+def test_a_thread_that_is_just_ending_is_waited_for_and_one_that_stays_is_not(monkeypatch):
+    from fault_a2a.cli.drill import parent
+
+    listings = iter([["1", "2"], ["1", "2"], ["1"]])
+    monkeypatch.setattr(parent.os, "listdir", lambda path: next(listings))
+    assert parent._count_threads() == 1
+    monkeypatch.setattr(parent.os, "listdir", lambda path: ["1", "2"])
+    monkeypatch.setattr(parent, "_ENDING_THREAD_S", 0.01)
+    assert parent._count_threads() == 2

@@ -19,6 +19,7 @@ GROUP = {"num_ranks": 8, "num_steps": 200, "phases": ["dispatch.gate", "combine.
         ("kill", "7@199:combine.reduce", Fault("kill", rank=7, step=199, phase="combine.reduce")),
         ("stop", "3@50:4000", Fault("stop", rank=3, step=50, duration_ms=4000)),
         ("cut", "2-5@7", Fault("cut", rank=2, peer=5, step=7)),
+        ("slow", "3@50:40000", Fault("slow", rank=3, step=50, duration_ms=40000)),
         ("cut", "5-2@7", Fault("cut", rank=2, peer=5, step=7)),
         ("kill", " 3@50 ", Fault("kill", rank=3, step=50)),
         ("kill", "3@50+1500", Fault("kill", rank=3, step=50, after_us=1500)),
@@ -72,6 +73,8 @@ def test_two_victims_in_one_step_and_a_stop_before_a_kill():
         ("stop", "3@50:99999999", "a stop lasts 1 to"),
         ("stop", "9@50:10", "there is no rank 9"),
         ("cut", "2@7", "expected A-B@S"),
+        ("slow", "3@50", "expected R@S:MS"),
+        ("slow", "3@50:0", "a slow rank is late by 1 to"),
         ("cut", "2-9@7", "there is no rank 9"),
         ("cut", "2-2@7", "a rank has no link to itself"),
         ("rejoin", "3", "expected R@S"),
@@ -120,6 +123,7 @@ def test_any_phase_will_do_until_they_are_known():
         ("stop", "3@5:100", DEFAULT_PHASE, True, (3,)),
         ("stop", "3@5+7:100", None, False, (3,)),
         ("cut", "5-2@5", None, True, (2, 5)),
+        ("slow", "3@5:100", None, False, (3,)),
     ],
 )
 def test_where_a_fault_comes_from(option, text, armed, needs_hooks, ranks):
@@ -156,7 +160,7 @@ def test_command_line():
     add_fault_options(parser)
     args = parser.parse_args(["--kill", "3@50", "--kill=4@50", "--stop", "1@2:3", "--cut", "1-2@3"])
     given = {kind: getattr(args, kind) for kind in KINDS}
-    assert given == {"kill": ["3@50", "4@50"], "stop": ["1@2:3"], "cut": ["1-2@3"], "rejoin": []}
+    assert given == {"kill": ["3@50", "4@50"], "stop": ["1@2:3"], "cut": ["1-2@3"], "slow": [], "rejoin": []}
     assert len(parse_faults(**given, **GROUP)) == 4
     text = parser.format_help()
     assert all(f"--{kind}" in text for kind in KINDS)

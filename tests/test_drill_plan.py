@@ -11,7 +11,7 @@ from fault_a2a.cli.drill.plan import missed, parse_plan, read_plan
 def test_a_line_a_membership() -> None:
     plan = parse_plan("# who is in\nsteps 20\n[0, 1, 2, 3]\n[0,1,-2,3]  # rank 2 dies\n[0, 1, 3]\nstop 1@5:100\n")
     assert (plan.ranks, plan.steps) == (4, 60)
-    assert plan.texts == {"kill": ["2@30"], "stop": ["1@5:100"], "cut": [], "rejoin": []}
+    assert plan.texts == {"kill": ["2@30"], "stop": ["1@5:100"], "cut": [], "slow": [], "rejoin": []}
     assert plan.members is None, "whether the stop costs rank 1 its place is the verdict's business"
 
 

@@ -107,6 +107,13 @@ def stopped(duration_ms=4000) -> tuple[Drill, Story]:
     return drill, story
 
 
+def slow(duration_ms=50_000) -> tuple[Drill, Story]:
+    drill, story = struck(evidence="stall", slow=[f"1@{FAULT_STEP}:{duration_ms}"])
+    tell(story, 1, {"is": "fault", "step": FAULT_STEP, "kind": "slow", "peer": None, "at": at(FAULT_STEP)})
+    end(story, 1, EVICTED)
+    return drill, story
+
+
 def cut() -> tuple[Drill, Story]:
     drill, story = struck(victim=2, evidence="silence", cut=[f"1-2@{FAULT_STEP}"])
     for rank in (0, 3):
@@ -135,6 +142,7 @@ def test_a_kill():
     assert answer["survivors"] == [0, 2, 3] and answer["evicted"] == [1] and answer["epochs"] == 1
     # Evidence one millisecond after rank 0, ..., four after rank 3; the view two later; the step after the next ends.
     assert (answer["detect_ms"], answer["agree_ms"], answer["first_good_step_ms"]) == (4.0, 6.0, 20.0)
+    assert answer["suspect_ms"] == 1.0, "the first of them, where the others are the last"
     assert answer["choices_lost"] == 9 and answer["choices_unroutable"] == 3 * 4 * 4
     assert answer["choices_total"] == 2 * 8 * (3 * 10 + 5), "the victim's completed steps count"
     (line,) = answer["faults"]
@@ -167,6 +175,12 @@ def test_a_short_stop_costs_nobody():
     story.faults = [FaultStory(drill.faults[0], at_ns=at(5), happened=True, woken_ns=at(7))]
     answer = report(drill, story)
     assert answer["ok"] and answer["detect_ms"] is None and answer["faults"][0]["evicted"] is None
+
+
+def test_a_slow_rank():
+    answer = report(*slow())
+    assert answer["ok"], answer["problems"]
+    assert answer["faults"][0]["evidence"] == {"stall": 3} and answer["agree_ms"] == 6.0
 
 
 def test_a_cut_costs_one():
@@ -315,6 +329,18 @@ def test_a_minority_waits_for_the_stopped_to_wake(victims, must_go):
 def test_evicted_for_a_stop_far_too_short():
     drill, story = stopped(duration_ms=20)
     red(drill, story, "rank 1 was evicted for a stop of 20 ms")
+
+
+def test_evicted_for_being_a_little_late():
+    drill, story = slow(duration_ms=9000)
+    red(drill, story, "rank 1 was evicted for being late by 9000 ms")
+
+
+def test_nobody_paid_for_a_rank_that_was_late_for_ever():
+    drill, story = healthy()
+    drill = replace(drill, faults=make_drill(slow=["1@5:50000"]).faults)
+    story.faults = [FaultStory(drill.faults[0], at_ns=at(5), happened=True, woken_ns=at(5005))]
+    red(drill, story, "nobody was evicted for the fault 'slow 1@5:50000'")
 
 
 def test_a_fault_that_did_not_happen():

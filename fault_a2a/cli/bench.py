@@ -9,12 +9,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from fault_a2a.cli.pictures import check_picture
+
 _SHAPE = ("ranks", "tokens", "hidden", "topk", "experts", "dtype", "reduce", "recv_format")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     shape = parser.add_argument_group("shapes", "each takes several values, separated by commas: all combinations run")
-    shape.add_argument("--ranks", type=_numbers, default=[8], help="processes on this host (default 8)")
+    shape.add_argument(
+        "--ranks", type=_numbers, help="processes on this host (default 8; under torchrun or mpirun, those it started)"
+    )
     shape.add_argument(
         "--num-tokens", "--tokens", dest="tokens", type=_numbers, default=[128], help="per rank and round (default 128)"
     )
@@ -28,7 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--peers",
         default="gloo",
-        help="comma-separated, of gloo, gloo-per-choice, mpi, mpi-no-cma; or `all` for those found here (default gloo)",
+        help="comma-separated, of gloo, gloo-cpp, gloo-per-choice, mpi, mpi-cpp, mpi-no-cma, nccl, deep-ep, nixl-ep "
+        "(-cpp: with permutes in C++ instead of torch); or `all` for those found here (default gloo)",
     )
     parser.add_argument("--iterations", type=_number, default=30, help="counted turns of each system (default 30)")
     parser.add_argument("--warm-up", type=_number, default=3, help="turns that are not counted (default 3)")
@@ -42,18 +47,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     """0: every answer was right. 1: some system failed. 2: something that cannot be run was asked for."""
     # Late: it needs torch's distributed package, and the other commands do not.
-    from fault_a2a.benchmarks import peers, sweep
+    from fault_a2a.benchmarks import launched, peers, sweep
 
-    combinations = itertools.product(*(getattr(args, name) for name in _SHAPE))
-    shapes: list[dict[str, Any]] = [dict(zip(_SHAPE, values, strict=True)) for values in combinations]
+    launch = launched.find_launch()
     try:
+        _settle_ranks(args, launch)
+        combinations = itertools.product(*(getattr(args, name) for name in _SHAPE))
+        shapes: list[dict[str, Any]] = [dict(zip(_SHAPE, values, strict=True)) for values in combinations]
         if args.plot:
-            sweep.check_plot(args.plot)
+            check_picture("--plot", args.plot)
         chosen = peers.chosen_peers(args.peers)
-        tasks = [sweep.task(shape, chosen, args.iterations, args.warm_up, args.seed) for shape in shapes]
+        if launch is not None:
+            chosen = launched.peers_of(launch, chosen, everybody=args.peers == "all")
+        options = (chosen, args.iterations, args.warm_up, args.seed, launch.num_local_ranks if launch else None)
+        tasks = [sweep.task(shape, *options) for shape in shapes]
     except ValueError as error:
         parser.error(str(error))
-    record = sweep.run_sweep(tasks, _watch(args), None if args.json else print)
+    speaks = launch is None or launch.rank == 0
+    record = sweep.run_sweep(tasks, _watch(args, speaks), print if speaks and not args.json else None, launch)
+    if speaks:
+        _hand_out(args, record)
+    launched.leave()
+    return 0 if record["ok"] else 1
+
+
+def _settle_ranks(args: argparse.Namespace, launch: Any) -> None:
+    """A launcher has settled how many ranks there are."""
+    if launch is None:
+        args.ranks = args.ranks or [8]
+    elif args.ranks not in (None, [launch.num_ranks]):
+        raise ValueError(f"--ranks: {launch.launcher} started {launch.num_ranks}; leave it out, or start as many ranks")
+    else:
+        args.ranks = [launch.num_ranks]
+
+
+def _hand_out(args: argparse.Namespace, record: dict[str, Any]) -> None:
+    from fault_a2a.benchmarks import sweep
+
     record["command"] = " ".join(["fault-a2a", *sys.argv[1:]])
     if args.json:
         print(json.dumps(record))
@@ -64,12 +94,11 @@ def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         Path(args.markdown).write_text(sweep.as_markdown(record))
     if args.plot:
         sweep.draw(record, args.plot)
-    return 0 if record["ok"] else 1
 
 
-def _watch(args: argparse.Namespace) -> Any:
+def _watch(args: argparse.Namespace, speaks: bool) -> Any:
     def watch(iteration: int) -> None:
-        if not args.json and sys.stderr.isatty():
+        if speaks and not args.json and sys.stderr.isatty():
             print(f"\rturn {iteration + 1} of {args.iterations} ", end="", file=sys.stderr, flush=True)
 
     return watch

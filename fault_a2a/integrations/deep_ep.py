@@ -137,8 +137,7 @@ class Buffer:
 
     def get_next_low_latency_combine_buffer(self, handle: OpenLayer) -> torch.Tensor:
         """Memory for the experts' output; any other will do as well."""
-        buffer = handle.handle.buffer
-        return torch.empty(buffer.recv_shape, dtype=buffer.config.dtype, device=buffer.device)
+        return handle.handle.buffer.empty_expert_output()
 
     def destroy(self) -> None:
         self._buffers.close()

@@ -125,7 +125,9 @@ void World::watch_deaths(Member& member) {
   }
   if (!is_blind) return void(member.blind_since = 0);
   if (member.blind_since == 0) member.blind_since = scheduler_.now();
-  if (scheduler_.now() - member.blind_since > kLongestBlindness)
+  // It is looked at now and then only: a pause may have been over all that time.
+  const i64 since = std::max({member.blind_since, mine.stopped_until, mine.pulse_paused_until});
+  if (scheduler_.now() - since > kLongestBlindness)
     fail("P5: a member is dead, and " + name_of(member) + " does not see it");
 }
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from fault_a2a.cli.drill.options import Drill, read_drill
 from fault_a2a.cli.drill.plan import missed
+from fault_a2a.cli.pictures import check_picture
 
 if TYPE_CHECKING:
     from fault_a2a.cli.drill.rank import Work
@@ -29,6 +30,8 @@ def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         os.environ[variable] = "1"
     began = time.monotonic()
     try:
+        if args.timeline is not None:
+            check_picture("--timeline", args.timeline)
         drill = read_drill(args)
         work, text_name = prepare(drill)
     except (ValueError, TypeError) as error:
@@ -56,6 +59,10 @@ def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     answer["problems"] += missed(drill.members, answer["survivors"])
     answer["ok"] = not answer["problems"]
     answer["seconds_preparing"] = round(prepared_s, 3)
+    if args.timeline is not None:
+        from fault_a2a.cli.drill.timeline import draw
+
+        draw(drill, story, answer, args.timeline)
     _print_last_words(story, answer)
     if args.json:
         print(json.dumps(answer))

@@ -7,26 +7,34 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-KINDS = ("kill", "stop", "cut", "rejoin")
+KINDS = ("kill", "stop", "cut", "slow", "rejoin")
 # In the middle of an all-to-all: half of the group can read the victim's rows, the other half waits for them in vain.
 DEFAULT_PHASE = "dispatch.half_signalled"
 _MAX_STOP_MS = 3600 * 1000  # an hour: a longer one is a typing mistake
 _MAX_AFTER_US = 60 * 1000 * 1000
 
-_FORM = {"kill": "R@S[:PHASE] or R@S+US", "stop": "R@S[+US]:MS", "cut": "A-B@S", "rejoin": "R@S"}
-_EXAMPLE = {"kill": "3@50", "stop": "3@50:4000", "cut": "2-5@50", "rejoin": "3@80"}
+_FORM = {
+    "kill": "R@S[:PHASE] or R@S+US",
+    "stop": "R@S[+US]:MS",
+    "cut": "A-B@S",
+    "slow": "R@S:MS",
+    "rejoin": "R@S",
+}
+_EXAMPLE = {"kill": "3@50", "stop": "3@50:4000", "cut": "2-5@50", "slow": "3@50:40000", "rejoin": "3@80"}
 _MEANS = {
     "kill": f"SIGKILL rank R in step S, at a phase of its all-to-all ({DEFAULT_PHASE} unless named), or from outside, "
     "US microseconds after the step began",
     "stop": "SIGSTOP rank R in step S, at the same phase or US microseconds after the step began; SIGCONT after MS "
     "milliseconds",
     "cut": "from step S on, lose everything between ranks A and B",
+    "slow": "in step S, the experts of rank R take MS milliseconds longer; its process goes on beating",
     "rejoin": "in step S, after another fault has cost rank R its place, a new process joins as rank R",
 }
 _PATTERN = {
     "kill": re.compile(r"(?P<rank>\d+)@(?P<step>\d+)(\+(?P<after_us>\d+)|:(?P<phase>.+))?", re.ASCII),
     "stop": re.compile(r"(?P<rank>\d+)@(?P<step>\d+)(\+(?P<after_us>\d+))?:(?P<duration_ms>\d+)", re.ASCII),
     "cut": re.compile(r"(?P<rank>\d+)-(?P<peer>\d+)@(?P<step>\d+)", re.ASCII),
+    "slow": re.compile(r"(?P<rank>\d+)@(?P<step>\d+):(?P<duration_ms>\d+)", re.ASCII),
     "rejoin": re.compile(r"(?P<rank>\d+)@(?P<step>\d+)", re.ASCII),
 }
 
@@ -36,14 +44,14 @@ class Fault:
     """One fault to inject.
 
     Attributes:
-        kind: ``"kill"``, ``"stop"``, ``"cut"`` or ``"rejoin"``.
+        kind: ``"kill"``, ``"stop"``, ``"cut"``, ``"slow"`` or ``"rejoin"``.
         rank: whom it hits; of a cut, the lower of the two.
         step: in which step, counted from 0.
         peer: of a cut, the other end.
         phase: of a kill, the named phase of the step's dispatch or combine at which it strikes; ``None``: see
             ``armed_phase``.
         after_us: of a kill or stop from outside, how long after the rank began the step; else ``None``.
-        duration_ms: of a stop, until the rank is woken.
+        duration_ms: of a stop, until the rank is woken; of a slow rank, by how much it is late.
     """
 
     kind: str
@@ -64,7 +72,7 @@ class Fault:
     @property
     def needs_hooks(self) -> bool:
         """Whether the ranks must run the test build: only it can stop at a phase or cut a link."""
-        return self.kind != "rejoin" and self.after_us is None
+        return self.kind == "cut" or self.armed_phase is not None
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -80,7 +88,7 @@ class Fault:
 
 
 def add_fault_options(parser: argparse.ArgumentParser) -> None:
-    """Adds ``--kill``, ``--stop``, ``--cut`` and ``--rejoin``, which may all be repeated."""
+    """Adds ``--kill``, ``--stop``, ``--cut``, ``--slow`` and ``--rejoin``, which may all be repeated."""
     group = parser.add_argument_group("faults", "each may be given again; R is a rank, S a step, both from 0")
     for kind in KINDS:
         group.add_argument(f"--{kind}", action="append", default=[], metavar=_FORM[kind].split()[0], help=_MEANS[kind])
@@ -91,6 +99,7 @@ def parse_faults(
     kill: Sequence[str] = (),
     stop: Sequence[str] = (),
     cut: Sequence[str] = (),
+    slow: Sequence[str] = (),
     rejoin: Sequence[str] = (),
     num_ranks: int,
     num_steps: int,
@@ -99,7 +108,7 @@ def parse_faults(
     """The faults of a drill, by step.
 
     Args:
-        kill, stop, cut, rejoin: the texts given to each option.
+        kill, stop, cut, slow, rejoin: the texts given to each option.
         num_ranks, num_steps: of the drill; ranks and steps count from 0.
         phases: names that a kill may carry; ``None`` when they are not known yet: any name will do.
 
@@ -107,7 +116,7 @@ def parse_faults(
         ValueError: a text that does not read, a rank, step or phase that does not exist, or faults that do not fit
             each other. The message names the option and shows a right one.
     """
-    texts = {"kill": kill, "stop": stop, "cut": cut, "rejoin": rejoin}
+    texts = {"kill": kill, "stop": stop, "cut": cut, "slow": slow, "rejoin": rejoin}
     faults = [_parse(kind, text) for kind in KINDS for text in texts[kind]]
     for fault in faults:
         _check_exists(fault, num_ranks, num_steps, phases)
@@ -141,7 +150,8 @@ def _check_exists(fault: Fault, num_ranks: int, num_steps: int, phases: Sequence
     if fault.after_us is not None and fault.after_us > _MAX_AFTER_US:
         raise _refusal(kind, text, f"a step is over after {_MAX_AFTER_US} microseconds at the latest")
     if fault.duration_ms is not None and not 1 <= fault.duration_ms <= _MAX_STOP_MS:
-        raise _refusal(kind, text, f"a stop lasts 1 to {_MAX_STOP_MS} ms")
+        what = "a stop lasts" if kind == "stop" else "a slow rank is late by"
+        raise _refusal(kind, text, f"{what} 1 to {_MAX_STOP_MS} ms")
 
 
 def _check_together(faults: Sequence[Fault], num_ranks: int) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from fault_a2a.cli.drill.faults import DEFAULT_PHASE, Fault, add_fault_options, parse_faults
+from fault_a2a.cli.drill.faults import DEFAULT_PHASE, KINDS, Fault, add_fault_options, parse_faults
 from fault_a2a.cli.drill.plan import read_plan
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ DTYPES = {
     "fp16": "float16",
     "float16": "float16",
 }
-_BACKENDS = ("cpu", "cuda", "triton", "cuda-host")
+_BACKENDS = ("cpu", "cuda", "triton", "cuda-host", "auto")
 _COMPUTE = re.compile(r"(?P<least>\d+)(-(?P<most>\d+))?", re.ASCII)
 _LATER = {
     "repair": "repairing a step from replicas",
@@ -174,6 +174,11 @@ def add_arguments(parser: LateHelpParser) -> None:
         option = "--" + name.replace("_timeout_ms", "_ms").replace("_", "-")
         timeouts.add_argument(option, type=int, default=default, metavar="MS", dest=name, help=f"{text} (%(default)s)")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout, and nothing else")
+    parser.add_argument(
+        "--timeline",
+        metavar="FILE",
+        help="draw what each rank did around the faults, a lane a rank (.svg, .png or .pdf; needs matplotlib)",
+    )
     # For the suite: with a guard switched off, what it guards against must be seen to happen.
     parser.add_argument("--without-guard", action="append", default=[], metavar="NAME", help=argparse.SUPPRESS)
     for name in _LATER:
@@ -199,7 +204,7 @@ def read_drill(args: argparse.Namespace) -> Drill:
     for name, least in (("ranks", 1), ("steps", 1), ("tokens", 0)):
         if getattr(args, name) < least:
             raise ValueError(f"--{name} {getattr(args, name)}: pass at least {least}.")
-    texts: dict[str, Sequence[str]] = {kind: getattr(args, kind) for kind in ("kill", "stop", "cut", "rejoin")}
+    texts: dict[str, Sequence[str]] = {kind: getattr(args, kind) for kind in KINDS}
     members = None
     if args.plan is not None:
         plan = read_plan(args.plan)

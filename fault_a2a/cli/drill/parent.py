@@ -29,6 +29,7 @@ _LOOK_S = 0.02  # how often the parent looks at its children while no message co
 _SPIN_NS = 2_000_000  # before an aimed signal the parent stays awake
 _PATIENCE_S = 60.0  # beyond the timeouts: a loaded machine is no hang
 _LAST_WORDS = 4000  # characters of a rank's stderr
+_ENDING_THREAD_S = 1.0
 _SHARED_MEMORY = Path("/dev/shm")
 
 
@@ -64,7 +65,7 @@ def conduct(work: Work, screen: Screen) -> Story:
     Raises:
         RuntimeError: this process has several threads, so it cannot fork safely.
     """
-    num_threads = len(os.listdir("/proc/self/task"))
+    num_threads = _count_threads()
     if num_threads != 1:
         raise RuntimeError(
             f"a drill forks its ranks, and this process has {num_threads} threads; run it as a command of its own"
@@ -76,6 +77,14 @@ def conduct(work: Work, screen: Screen) -> Story:
     finally:
         parent.clean_up()
     return parent.story
+
+
+def _count_threads() -> int:
+    """Of this process. A thread that was joined is listed for a moment yet: such as the store's, of a drill before."""
+    deadline = time.monotonic() + _ENDING_THREAD_S
+    while (num_threads := len(os.listdir("/proc/self/task"))) != 1 and time.monotonic() < deadline:
+        time.sleep(0.001)
+    return num_threads
 
 
 def _resolve_names_locally() -> None:

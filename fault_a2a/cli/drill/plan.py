@@ -15,8 +15,8 @@
   comes back at that stage's first step. Rank 0 has a minus as well: ``-0``. Several memberships may stand in one line,
   ``[[0,1,2,3],[0,1,-2,3],[0,1,3]]``.
 - The first membership has all ranks, 0 to N - 1: that is the size of the group.
-- ``kill``, ``stop``, ``cut`` and ``rejoin`` take what the drill's options of that name take; steps count from the first
-  stage on.
+- ``kill``, ``stop``, ``cut``, ``slow`` and ``rejoin`` take what the drill's options of that name take; steps count from
+  the first stage on.
 - What follows a ``#`` is a comment.
 """
 
@@ -26,8 +26,9 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from fault_a2a.cli.drill.faults import KINDS
+
 DEFAULT_STEPS = 40
-_KINDS = ("kill", "stop", "cut", "rejoin")
 _MEMBERSHIP = re.compile(r"\[([^\[\]]*)\]")
 _RANK = re.compile(r"(?P<dies>-?)(?P<rank>\d+)", re.ASCII)
 
@@ -39,7 +40,7 @@ class Plan:
     Attributes:
         ranks, steps: of the whole drill.
         texts: for each kind of fault, what would be given to the option of that name.
-        members: who must be in the last view; ``None`` when stops or cuts leave that to the verdict.
+        members: who must be in the last view; ``None`` when stops, cuts or slow ranks leave that to the verdict.
     """
 
     ranks: int
@@ -71,7 +72,7 @@ def read_plan(path: str) -> Plan:
 def parse_plan(text: str, path: str = "plan") -> Plan:
     """As ``read_plan``, from the text itself; ``path`` is what messages call it."""
     stages: list[_Stage] = []
-    texts: dict[str, list[str]] = {kind: [] for kind in _KINDS}
+    texts: dict[str, list[str]] = {kind: [] for kind in KINDS}
     stage_steps = DEFAULT_STEPS
     for number, line in enumerate(text.splitlines(), start=1):
         words = line.split("#")[0].strip()
@@ -85,11 +86,11 @@ def parse_plan(text: str, path: str = "plan") -> Plan:
             if not rest.strip().isdecimal() or int(rest) < 2:
                 raise ValueError(f"{where}: a stage has at least 2 steps; a right line is `steps {DEFAULT_STEPS}`.")
             stage_steps = int(rest)
-        elif first in _KINDS and rest.strip():
+        elif first in KINDS and rest.strip():
             texts[first].append(rest.strip())
         else:
             raise ValueError(
-                f"{where}: expected a membership as [0, 1, -2, 3], `steps N`, or one of {', '.join(_KINDS)} and what "
+                f"{where}: expected a membership as [0, 1, -2, 3], `steps N`, or one of {', '.join(KINDS)} and what "
                 "the drill's option of that name takes."
             )
     return _put_together(stages, texts, stage_steps, path)
@@ -143,7 +144,7 @@ def _put_together(stages: list[_Stage], texts: dict[str, list[str]], stage_steps
         texts["rejoin"] += [f"{rank}@{first_step}" for rank in sorted(named - may_be_in)]
         texts["kill"] += [f"{rank}@{first_step + stage_steps // 2}" for rank in sorted(stage.dying)]
         may_be_in = stage.alive
-    known = not texts["stop"] and not texts["cut"]
+    known = not texts["stop"] and not texts["cut"] and not texts["slow"]
     return Plan(len(everybody), len(stages) * stage_steps, texts, _last_members(may_be_in, texts) if known else None)
 
 

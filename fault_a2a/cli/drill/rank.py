@@ -24,6 +24,7 @@ import fault_a2a
 from fault_a2a._core import core
 from fault_a2a.buffer import Buffer
 from fault_a2a.cli.drill import story
+from fault_a2a.cli.drill.faults import Fault
 from fault_a2a.cli.drill.judge import Judge
 from fault_a2a.cli.drill.model import Expectation, MoELayer
 from fault_a2a.cli.drill.options import Drill
@@ -125,6 +126,7 @@ class DrillRank:
         self._telling = threading.Lock()
         self._ended = threading.Event()
         self._stops_armed: list[int] = []
+        self._late_by: Fault | None = None  # of this step
         self._live = live
 
     def run(self) -> None:
@@ -161,13 +163,18 @@ class DrillRank:
 
         began_ns = core.now_ns()
         self.buffer.begin_step()
-        device = self.buffer.device
+        device, waited = self.buffer.device, [self._waited_ns()]
         recv, handle = self.buffer.dispatch(x.to(device), topk_idx.to(device), topk_weights.to(device))
-        recv, sources = recv.to(torch.device("cpu")), handle.sources()
+        recv = recv.to(torch.device("cpu"))
+        at_ns = [began_ns, core.now_ns()]
+        waited.append(self._waited_ns())
+        sources = handle.sources()
         rows = recv.x.reshape(-1, self.drill.hidden)[sources[:, 0].long()]  # a copy: recv.x ends with its combine
         y = self._experts(recv).to(device)
+        at_ns.append(core.now_ns())
         out, outcome = self.buffer.combine(y, handle)
         end_ns = core.now_ns()
+        waited.append(self._waited_ns())
 
         self._tell_seen()
         num_corrupt = self.judge.num_corrupt_rows(step, rows, sources, recv.num_tokens)
@@ -187,9 +194,23 @@ class DrillRank:
             corrupt=num_corrupt,
             exact=exact,
             why=why,
+            spans=[
+                ("dispatch", at_ns[0], at_ns[1], waited[1] - waited[0]),
+                ("compute", at_ns[1], at_ns[2], 0),
+                ("combine", at_ns[2], end_ns, waited[2] - waited[1]),
+            ],
         )
 
+    def _waited_ns(self) -> int:
+        """In which this rank did nothing but wait for peers, since construction."""
+        return sum(line[0] for line in self.buffer.verbs.source_stats())
+
     def _experts(self, recv: Received) -> torch.Tensor:
+        late, self._late_by = self._late_by, None
+        if late is not None:
+            # Told before and not after: by then the rank is evicted, and a sleep that is over explains nothing.
+            self.pipes.tell("fault", step=late.step, kind="slow", peer=None, at=core.now_ns())
+            time.sleep((late.duration_ms or 0) / 1e3)
         least, most = self.drill.compute_us
         if most:
             time.sleep(self.random.uniform(least, most) / 1e6)
@@ -213,6 +234,8 @@ class DrillRank:
                 at_ns = core.now_ns()
                 self.buffer.cut(peer)
                 self.pipes.tell("fault", step=step, kind="cut", peer=peer, at=at_ns)
+            elif fault.kind == "slow":
+                self._late_by = fault
             elif fault.armed_phase is not None:
                 self.buffer.arm(fault.armed_phase, round_number, fault.kind, 0)
                 if fault.kind == "stop":

@@ -23,7 +23,7 @@ from fault_a2a.cli.drill.story import (
 
 # Between the signal that wakes a rank and its first beat; what is found in this time is still about the stop.
 WAKING_NS = 250_000_000
-# A stop far shorter than the silence timeout must cost nobody, one far longer must cost the rank; between, either may.
+# A stop far shorter than the timeout must cost nobody, one far longer must cost the rank; between, either may.
 CERTAIN_STAY, CERTAIN_GO, GO_MARGIN_MS = 0.5, 1.5, 500
 
 
@@ -31,14 +31,15 @@ CERTAIN_STAY, CERTAIN_GO, GO_MARGIN_MS = 0.5, 1.5, 500
 class Times:
     """What one fault cost, in milliseconds since it struck; ``None``: it did not come to that."""
 
-    detect_ms: float | None = None
+    suspect_ms: float | None = None  # by the first survivor
+    detect_ms: float | None = None  # by the last one; so the two below
     agree_ms: float | None = None
     first_good_step_ms: float | None = None
 
 
 def report(drill: Drill, story: Story, notes: Iterable[str] = ()) -> dict[str, Any]:
     """The JSON of ``fault-a2a drill``. ``notes``: further problems, found outside of the ranks."""
-    judged = _Judged(drill, story)
+    judged = Judged(drill, story)
     faults = [judged.fault_line(one) for one in story.faults]
     steps = [step for one in story.lives for step in one.steps]
     problems = [*notes, *judged.problems()]
@@ -48,6 +49,7 @@ def report(drill: Drill, story: Story, notes: Iterable[str] = ()) -> dict[str, A
         "evicted": list(judged.evicted),
         "epochs": judged.last_view.epoch if judged.last_view else 0,
         "steps_completed": judged.steps_completed,
+        "suspect_ms": _worst(faults, "suspect_ms"),
         "detect_ms": _worst(faults, "detect_ms"),
         "agree_ms": _worst(faults, "agree_ms"),
         "first_good_step_ms": _worst(faults, "first_good_step_ms"),
@@ -88,7 +90,7 @@ def _step_ms(steps: list[StepTold]) -> dict[str, float] | None:
     }
 
 
-class _Judged:
+class Judged:
     """A story with everything that follows from it."""
 
     def __init__(self, drill: Drill, story: Story) -> None:
@@ -148,7 +150,7 @@ class _Judged:
         at_ns, victim = self.struck_at_ns(told), self.lost_rank(told)
         if at_ns is None or victim is None:
             return Times()
-        detected, agreed, good = [], [], []
+        suspected, detected, agreed, good = [], [], [], []
         for one in self.living:
             if one.ready_ns > at_ns:  # it came later, in somebody's place
                 continue
@@ -160,12 +162,14 @@ class _Judged:
                 for evidence in one.evidence
                 if evidence.rank == victim and evidence.kind != "left" and evidence.at_ns >= at_ns
             ]
+            suspected += [min(found)] if found else []
             agreed.append(view.installed_at_ns)
             # Who learnt it from the others has no evidence of its own: it dropped the rank with the view.
             detected.append(min([*found, view.installed_at_ns]))
             in_view = (step.end_ns for step in one.steps if step.round_number >= view.first_round and not step.lost_on)
             good += [min(in_view, default=0)]
-        return Times(*(_since_ms(at_ns, [end for end in ends if end]) for ends in (detected, agreed, good)))
+        last = (_since_ms(at_ns, [end for end in ends if end]) for ends in (detected, agreed, good))
+        return Times(_since_ms(at_ns, [min(suspected)] if suspected else []), *last)
 
     def fault_line(self, told: FaultStory) -> dict[str, Any]:
         victim, times = self.lost_rank(told), self.times(told)
@@ -184,6 +188,7 @@ class _Judged:
             "happened": told.happened,
             "evicted": victim,
             "evidence": kinds,
+            "suspect_ms": times.suspect_ms,
             "detect_ms": times.detect_ms,
             "agree_ms": times.agree_ms,
             "first_good_step_ms": times.first_good_step_ms,
@@ -289,10 +294,11 @@ class _Judged:
             elif not gone and self._must_go(told):
                 yield f"nobody was evicted for the fault '{fault}'"
             elif gone and self._must_stay(told):
-                yield f"rank {fault.rank} was evicted for a stop of {fault.duration_ms} ms"
+                what = "a stop of" if fault.kind == "stop" else "being late by"
+                yield f"rank {fault.rank} was evicted for {what} {fault.duration_ms} ms"
             elif len(gone) > 1 and not any(self._explained_otherwise(told, rank) for rank in gone):
                 yield f"one cut link cost two ranks: {fault.rank} and {fault.peer}"
-            elif fault.kind == "stop" and gone and EVICTED not in self._states(fault.rank):
+            elif fault.kind in ("stop", "slow") and gone and EVICTED not in self._states(fault.rank):
                 yield f"rank {fault.rank} was evicted and woken, and did not end with RankEvictedError"
 
     def _states(self, rank: int) -> set[str]:
@@ -314,10 +320,14 @@ class _Judged:
         steps = self.story.ranks[told.fault.rank].steps
         # A stop from outside may fall behind the rank's last signal, and then nobody waits for it.
         done = sum(step.end_ns < (told.at_ns or 0) for step in steps)
-        needed = told.fault.armed_phase is not None or done < self.drill.steps - 1
+        needed = told.fault.kind == "slow" or told.fault.armed_phase is not None or done < self.drill.steps - 1
         return (
-            needed and self._others_are_a_quorum() and duration_ms > CERTAIN_GO * self.drill.silence_ms + GO_MARGIN_MS
+            needed and self._others_are_a_quorum() and duration_ms > CERTAIN_GO * self._patience_ms(told) + GO_MARGIN_MS
         )
+
+    def _patience_ms(self, told: FaultStory) -> int:
+        """How long the others bear with it: a slow rank beats all the while."""
+        return self.drill.stall_ms if told.fault.kind == "slow" else self.drill.silence_ms
 
     def _others_are_a_quorum(self) -> bool:
         """Whether those whom no fault hit may decide alone: otherwise they wait for the stopped ones to wake."""
@@ -328,7 +338,7 @@ class _Judged:
 
     def _must_stay(self, told: FaultStory) -> bool:
         duration_ms = told.fault.duration_ms
-        short = duration_ms is not None and duration_ms <= CERTAIN_STAY * self.drill.silence_ms
+        short = duration_ms is not None and duration_ms <= CERTAIN_STAY * self._patience_ms(told)
         return short and not self._explained_otherwise(told, told.fault.rank)
 
     def _total_problems(self) -> Iterator[str]:

@@ -156,6 +156,7 @@ def _fault_text(drill: Drill, line: dict[str, Any], answer: dict[str, Any]) -> s
     struck = {
         "kill": f"In step {step}, rank {rank} was killed (SIGKILL) {where}.",
         "stop": f"In step {step}, rank {rank} was stopped (SIGSTOP) {where}, and woken later.",
+        "slow": f"In step {step}, the experts of rank {rank} were late.",
         "cut": f"From step {step} on, everything between ranks {rank} and {line['peer']} was lost.",
     }[line["kind"]]
     if line["evicted"] is None:

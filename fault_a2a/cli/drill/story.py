@@ -17,6 +17,16 @@ Message = dict[str, Any]
 
 
 @dataclass(frozen=True)
+class Span:
+    """What a rank did from one instant to another, CLOCK_MONOTONIC ns; ``waited_ns`` of it, for peers."""
+
+    what: str  # dispatch, compute or combine
+    begin_ns: int
+    end_ns: int
+    waited_ns: int
+
+
+@dataclass(frozen=True)
 class StepTold:
     """One step of one rank. Times are CLOCK_MONOTONIC ns."""
 
@@ -28,6 +38,7 @@ class StepTold:
     num_unroutable: int
     num_corrupt: int
     exact: bool
+    spans: tuple[Span, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -157,6 +168,7 @@ class Story:
             num_unroutable=message["unroutable"],
             num_corrupt=message["corrupt"],
             exact=message["exact"],
+            spans=tuple(Span(*span) for span in message.get("spans", ())),
         )
         story.steps.append(step)
         story.state, story.round_number = RUNNING, step.round_number + 1
@@ -187,7 +199,7 @@ class Story:
         return sentences
 
     def _hear_fault(self, story: RankStory, message: Message) -> list[str]:
-        """Of a cut end, or of a rank that lived through its own fault."""
+        """Of a cut end, of a rank that is about to be late, or of one that lived through its own fault."""
         for one in self.faults:
             fault = one.fault
             if fault.step != message["step"] or story.rank not in fault.ranks or fault.kind != message["kind"]:
@@ -199,6 +211,9 @@ class Story:
                 one.happened = len(one.cut_ends) == 2
             if message["at"]:
                 one.at_ns = min(one.at_ns or message["at"], message["at"])
+            if fault.kind == "slow":
+                one.happened, one.woken_ns = True, message["at"] + (fault.duration_ms or 0) * 1_000_000
+                return [f"rank {fault.rank} is {fault.duration_ms} ms late in step {fault.step}"]
             if one.happened and fault.kind == "cut":
                 return [f"the link between ranks {fault.rank} and {fault.peer} is cut in step {fault.step}"]
         return []
