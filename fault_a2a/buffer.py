@@ -13,13 +13,14 @@ import torch
 
 from fault_a2a import ops
 from fault_a2a._core import core
+from fault_a2a.backends import resolved
 from fault_a2a.checks import check_kind, check_kinds
 from fault_a2a.collectives import Collectives
 from fault_a2a.config import MAX_MS, MIN_BEATS_PER_SILENCE, Config
 from fault_a2a.core_fields import core_fields
 from fault_a2a.core_status import error_of
 from fault_a2a.errors import ClosedError, ConstructError, FaultA2AError
-from fault_a2a.gpu import device_of, gpu_fields, hand_over_windows
+from fault_a2a.gpu import device_of, gpu_fields
 from fault_a2a.group import Group, as_group, forget_names, host_of_this_process
 from fault_a2a.halves import Halves
 from fault_a2a.joins import WayIn, tell_life
@@ -54,8 +55,7 @@ class Buffer(Halves, Collectives, LendsMemory, Membership, PlantedFaults):
             raise TypeError(f"config is a {type(config).__name__}; give a fault_a2a.Config")
         if join and self.group.fabric is not None:
             raise ValueError("join: virtual ranks cannot join; give a Group of processes, without a fabric")
-        if join and config.backend == "cuda":
-            raise ValueError('join: ranks with backend="cuda" cannot join a running group yet; construct it anew')
+        config = resolved(config)
         self.config = config
         self.device = device_of(config.backend)
         self.placement = config.placement_for(self.num_ranks)
@@ -116,8 +116,7 @@ class Buffer(Halves, Collectives, LendsMemory, Membership, PlantedFaults):
                 "this release connects the processes of one host (containers must share /dev/shm)"
             )
         fields = {**core_fields(config, self.num_ranks, group.rank), "num_founders": group.num_ranks}
-        if config.backend == "cuda":
-            fields |= gpu_fields(config)
+        fields |= gpu_fields(config)
         if group.fabric is not None:
             return core.Endpoint(fields, group.fabric.of(fields), "")
         return core.Endpoint(fields, None, self._token)
@@ -160,8 +159,6 @@ class Buffer(Halves, Collectives, LendsMemory, Membership, PlantedFaults):
         try:
             self.core.create()
             self.group.meet("created", deadline)
-            if self.config.backend == "cuda":
-                hand_over_windows(self.core, self.group, self._token, deadline)
             self.core.open_peers()
             self.group.meet("opened", deadline)
             self._open_for_calls()

@@ -10,7 +10,7 @@ import torch
 from fault_a2a.config import Config
 from fault_a2a.gpu import device_type_of
 
-_INDEX_DTYPES = (torch.int64, torch.int32)
+INDEX_DTYPES = (torch.int64, torch.int32)
 
 
 def check_kind(name: str, tensor: Any, device_type: str = "cpu") -> None:
@@ -32,14 +32,19 @@ def check_tensor(
     device_type: str = "cpu",
 ) -> None:
     check_kind(name, tensor, device_type)
+    check_form(name, tensor, dtypes, ["num_tokens" if want is None else want for want in shape])
+
+
+def check_form(name: str, tensor: torch.Tensor, dtypes: tuple[torch.dtype, ...], shape: Sequence[int | str]) -> None:
+    """On any device. A word in ``shape`` is a size that is free."""
     if tensor.dtype not in dtypes:
         wanted = " or ".join(str(dtype) for dtype in dtypes)
         raise TypeError(f"{name} is {tensor.dtype}; convert it to {wanted}")
     fits = tensor.dim() == len(shape) and all(
-        want in (None, have) for have, want in zip(tensor.shape, shape, strict=True)
+        isinstance(want, str) or have == want for have, want in zip(tensor.shape, shape, strict=True)
     )
     if not fits:
-        wanted = ", ".join("num_tokens" if want is None else str(want) for want in shape)
+        wanted = ", ".join(map(str, shape))
         raise ValueError(f"{name} has shape {list(tensor.shape)}; give [{wanted}]")
     if not tensor.is_contiguous():
         raise ValueError(f"{name} is not contiguous (strides {tensor.stride()}); give {name}.contiguous()")
@@ -60,7 +65,7 @@ def check_tokens(config: Config, x: torch.Tensor, topk_idx: torch.Tensor, topk_w
             "or construct the Buffer with a larger one"
         )
     shape = [x.shape[0], config.num_topk]
-    check_tensor("topk_idx", topk_idx, _INDEX_DTYPES, shape, device)
+    check_tensor("topk_idx", topk_idx, INDEX_DTYPES, shape, device)
     check_tensor("topk_weights", topk_weights, (torch.float32,), shape, device)
 
 

@@ -15,7 +15,7 @@ REDUCES = ("owner", "expert")
 WEIGHTS_AT = ("owner", "expert")
 ON_LOST = ("drop", "renormalize")
 AGREEMENTS = ("windows", "store")
-BACKENDS = ("cpu", "cuda", "triton", "cuda-host")
+BACKENDS = ("cpu", "cuda", "triton", "cuda-host", "auto")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # What rows may travel as, besides `dtype`: one byte an element, and scales.
 DISPATCH_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.uint8)
@@ -118,7 +118,9 @@ class Config:
         backend: what runs this rank's kernels; ranks of a group may differ. ``"cpu"``. For batches that fit into one
             chunk: ``"cuda"``, a GPU's, with tensors and windows on it, on every rank or on none (not run on a GPU yet);
             ``"triton"``, Triton's, in its interpreter where there is no GPU (slow: for tests); ``"cuda-host"``, for
-            tests only, the sources of the CUDA kernels, run thread by thread on the CPU.
+            tests only, the sources of the CUDA kernels, run thread by thread on the CPU. ``"auto"``: whatever runs here
+            best, see ``fault_a2a.backends``; ``buffer.config.backend`` says which. Not the default, since it decides
+            where tensors must lie.
         num_sms: blocks of the CUDA kernels that copy and sum; those that wait have one. ``None``: as many as the device
             has multiprocessors; 2 of ``"cuda-host"``.
             Nothing to ``"cpu"``; ranks may differ.
@@ -276,7 +278,7 @@ class Config:
                 f"num_chunk_tokens: {self.chunk_tokens} tokens of {self.num_topk} choices are more rows than a signal "
                 f"can count; pass at most {MAX_NUM_ROWS_PER_CHUNK // self.num_topk}."
             )
-        if self.backend != "cpu" and self.chunk_tokens < self.num_max_tokens_per_rank:
+        if self.backend not in ("cpu", "auto") and self.chunk_tokens < self.num_max_tokens_per_rank:
             raise ValueError(
                 f"backend: {self.backend!r} sends every batch in one chunk, and num_chunk_tokens is "
                 f"{self.chunk_tokens} of {self.num_max_tokens_per_rank} tokens; pass num_chunk_tokens="

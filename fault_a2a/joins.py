@@ -11,6 +11,7 @@ from fault_a2a._core import core
 from fault_a2a.config import Config
 from fault_a2a.core_fields import core_fields
 from fault_a2a.errors import ConstructError, RankEvictedError
+from fault_a2a.gpu import gpu_fields
 from fault_a2a.group import Group, host_of_this_process
 
 _LOOK_S = 0.002  # between two looks of a newcomer; members that hold for it wait for these
@@ -67,7 +68,8 @@ class WayIn:
         self.compared = config.compared(num_ranks)
         member = self._first_member(group)
         self.group = replace(group, construction=member.construction)
-        self.endpoint: Any = core.Endpoint(core_fields(config, num_ranks, group.rank), None, "")
+        fields = core_fields(config, num_ranks, group.rank)
+        self.endpoint: Any = core.Endpoint(fields | gpu_fields(config), None, "")
         try:
             self.endpoint.create_newcomer()
         except RuntimeError as error:

@@ -104,9 +104,9 @@ def _compile_file(
         raise RuntimeError(f"NVRTC {nvrtc.version(library)} does not compile {name} for {arch}: {error}") from error
     found = _rows(compiled.log, name, arch, variant)
     # The rows come last, and say which code they belong to: whatever a crash or another process leaves is not taken.
-    _write(cubin, compiled.cubin)
+    write_whole(cubin, compiled.cubin)
     digest = hashlib.sha256(compiled.cubin).hexdigest()
-    _write(rows, json.dumps({"cubin": digest, "rows": [asdict(row) for row in found]}).encode())
+    write_whole(rows, json.dumps({"cubin": digest, "rows": [asdict(row) for row in found]}).encode())
     return cubin, found
 
 
@@ -156,7 +156,7 @@ def _read(cubin: Path, rows: Path) -> list[KernelRow] | None:
         return None
 
 
-def _write(path: Path, content: bytes) -> None:
+def write_whole(path: Path, content: bytes) -> None:
     """Whole or not at all, also beside another process that writes the same."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, suffix=".part", delete=False) as part:

@@ -6,7 +6,6 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-from fault_a2a.config import Config
 from fault_a2a.group import Group
 from fault_a2a.membership import Evidence, View
 from fault_a2a.rounds import Verbs
@@ -15,7 +14,6 @@ from fault_a2a.rounds import Verbs
 class Membership:
     """What ``Buffer`` can say and do about who is in."""
 
-    config: Config
     core: Any
     verbs: Verbs
     group: Group
@@ -89,8 +87,6 @@ class Membership:
         """
         if self.group.fabric is not None:
             raise RuntimeError("rejoin: virtual ranks cannot come back; construct the group anew")
-        if self.config.backend == "cuda":
-            raise RuntimeError('rejoin: ranks with backend="cuda" cannot come back yet; construct the group anew')
         if not self._closed and self.views()[-1][0].active_mask[self.rank]:
             raise RuntimeError("rejoin: this rank is in the group; call it after RankEvictedError, or close() first")
         self.close()

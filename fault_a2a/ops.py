@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+import fault_a2a.row_ops  # noqa: F401  the operators that send nothing come with those that do
+
 if TYPE_CHECKING:
     from fault_a2a.buffer import Buffer
 

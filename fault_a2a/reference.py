@@ -274,6 +274,103 @@ def same_bits(actual: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
     return same | (actual.isnan() & expected.isnan()) if actual.dtype.is_floating_point else same
 
 
+class Permuted(NamedTuple):
+    """Rows as experts take them. ``rows``: ``[num_tokens * num_topk, hidden]``, zeros behind the last. ``offsets``:
+    int32 ``[num_experts + 1]``, where each expert's rows begin and the last one's end. ``positions``: int32
+    ``[num_tokens, num_topk]``, the row of each choice, -1 for one that names no expert.
+    """
+
+    rows: torch.Tensor
+    offsets: torch.Tensor
+    positions: torch.Tensor
+
+
+def route(
+    scores: torch.Tensor,
+    replicas: torch.Tensor,
+    expert_rank: torch.Tensor,
+    active_mask: torch.Tensor,
+    num_topk: int,
+    first_token: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The best logical experts of each token, and of each the physical expert that a live view has for it.
+
+    Args:
+        scores: float32 ``[num_tokens, num_logical]``.
+        replicas: int32 ``[num_logical, max_replicas]``: the physical experts that hold each logical one. A number that
+            names no physical expert is padding.
+        expert_rank: int32 ``[num_physical]``: the rank of each physical expert; one on no rank is padding too.
+        active_mask: int32 ``[num_ranks]``, of the view, 1 = active.
+        num_topk: choices of a token.
+        first_token: what the first token counts as when replicas take turns; give each rank another.
+
+    Returns:
+        ``topk_idx``: int64 ``[num_tokens, num_topk]``, physical experts, best first; -1 where no active rank holds a
+        replica. ``topk_weights``: float32, the scores of the choices, of those without a replica too.
+
+    Of equal scores the lower logical expert comes first; a NaN comes before all. Of r live replicas, token t takes
+    number ``(first_token + t) % r``.
+    """
+    chosen = scores.sort(dim=1, descending=True, stable=True).indices[:, :num_topk]
+    physical = replicas.long()
+    is_live = (physical >= 0) & (physical < len(expert_rank))
+    rank = expert_rank.long()[physical.where(is_live, 0)]
+    is_live &= (rank >= 0) & (rank < len(active_mask))
+    is_live &= active_mask[rank.where(is_live, 0)] != 0
+    turn = first_token + torch.arange(len(scores))[:, None]
+    turn = turn % is_live.sum(1).clamp(min=1)[chosen]
+    takes = is_live[chosen] & (is_live.cumsum(1)[chosen] - 1 == turn[:, :, None])
+    idx = physical[chosen].where(takes, 0).sum(2)
+    return idx.where(takes.any(2), -1), scores.gather(1, chosen)
+
+
+def permute(x: torch.Tensor, topk_idx: torch.Tensor, num_experts: int) -> Permuted:
+    """A row for each choice, expert by expert, within one by token, then by choice.
+
+    Args:
+        x: ``[num_tokens, hidden]``, any dtype.
+        topk_idx: int64 or int32 ``[num_tokens, num_topk]``; a number outside ``0 .. num_experts - 1`` names no expert.
+        num_experts: experts that rows are sorted by.
+    """
+    num_topk = topk_idx.shape[1]
+    expert = topk_idx.long().flatten()
+    names_one = (expert >= 0) & (expert < num_experts)
+    order = expert.where(names_one, num_experts).argsort(stable=True)
+    position = torch.empty_like(order)
+    position[order] = torch.arange(len(order))
+    num_tokens = torch.bincount(expert[names_one], minlength=num_experts)
+    offsets = torch.cat([num_tokens.new_zeros(1), num_tokens.cumsum(0)])
+    rows = x.new_zeros(len(order), x.shape[1])
+    placed = order[: int(offsets[-1])]
+    rows[: len(placed)] = x[placed // num_topk]
+    return Permuted(rows, offsets.int(), position.where(names_one, -1).view(topk_idx.shape).int())
+
+
+def unpermute(rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """``[num_tokens, num_topk, hidden]``: the row at each position, zeros where there is none.
+
+    Args:
+        rows: ``[num_rows, hidden]``, any dtype.
+        positions: int32 ``[num_tokens, num_topk]``, as ``permute`` returns them.
+    """
+    is_there = (positions >= 0) & (positions < len(rows))
+    out = rows.new_zeros(*positions.shape, rows.shape[1])
+    out[is_there] = rows[positions[is_there].long()]
+    return out
+
+
+def weighted_reduce(rows: torch.Tensor, positions: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
+    """``[num_tokens, hidden]`` in the dtype of ``rows``: ``combine``'s sum of the rows at ``positions``.
+
+    Args:
+        rows: ``[num_rows, hidden]``, bfloat16, float16 or float32.
+        positions: int32 ``[num_tokens, num_topk]``; a choice without a row adds nothing.
+        topk_weights: float32 ``[num_tokens, num_topk]``.
+    """
+    is_there = (positions >= 0) & (positions < len(rows))
+    return _weighted_sum(unpermute(rows, positions), topk_weights, is_there).to(rows.dtype)
+
+
 def quantize_1x128(x: torch.Tensor, scale: str = "float32") -> tuple[torch.Tensor, torch.Tensor]:
     """Rows as fp8 e4m3, each 128 elements (a row's last block may be shorter) with a scale of their own.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import os
 import shlex
 import shutil
@@ -40,6 +41,7 @@ PROGRAMS = {
     "simulate": Program(
         (
             *("tests/simulator/*.cpp", "csrc/host/hooks.cpp", "csrc/membership/*.cpp", "csrc/bindings/endpoint*.cpp"),
+            "csrc/host/door.cpp",
             *("csrc/transport/faulty.cpp", "csrc/transport/local.cpp", "csrc/transport/partition.cpp"),
             "csrc/transport/cuda_*.cpp",
             *(f"kernels/cpu/{name}.cpp" for name in ("combine", "dispatch", "expand", "machine", "quantize", "reduce")),
@@ -55,24 +57,31 @@ def _sources(program: Program) -> list[Path]:
     return [path for pattern in program.sources for path in sorted(ROOT.glob(pattern))]
 
 
-def _is_stale(binary: Path) -> bool:
+def _is_stale(made: Path) -> bool:
     """Any header may be in any program, so all of them count. Seconds of looking would cost more than they save."""
-    if not binary.exists():
+    if not made.exists():
         return True
     folders = ("csrc", "kernels", "tests")
     newest = max(
         path.stat().st_mtime for folder in folders for path in (ROOT / folder).rglob("*.[ch]pp") if path.is_file()
     )
-    return max(newest, Path(__file__).stat().st_mtime) > binary.stat().st_mtime
+    return max(newest, Path(__file__).stat().st_mtime) > made.stat().st_mtime
 
 
-def _compile(program: Program, source: Path, folder: Path) -> Path:
+def _compile(program: Program, source: Path) -> Path:
+    """The object of a source, which programs with the same options share."""
+    folder = BUILD / "objects" / hashlib.sha256(repr(program.options).encode()).hexdigest()[:8]
+    folder.mkdir(parents=True, exist_ok=True)
     made = folder / (source.relative_to(ROOT).as_posix().replace("/", "_") + ".o")
+    if not _is_stale(made):
+        return made
     launcher = shlex.split(os.environ.get("CMAKE_CXX_COMPILER_LAUNCHER", ""))
     compiler = os.environ.get("CXX") or shutil.which("g++") or "c++"
     options = ["-std=c++17", "-O2", "-DFA2A_TEST_HOOKS=1", f"-I{ROOT}", f"-I{ROOT / 'csrc'}", *program.options]
-    command = [*launcher, compiler, *options, "-c", str(source), "-o", str(made)]
+    compiled = made.with_suffix(f".{os.getpid()}")  # another run of the tests may be compiling the same
+    command = [*launcher, compiler, *options, "-c", str(source), "-o", str(compiled)]
     subprocess.run(command, cwd=ROOT, check=True, timeout=300)
+    compiled.replace(made)
     return made
 
 
@@ -85,7 +94,7 @@ def program(name: str) -> Path:
         return binary
     folder.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(max_workers=2) as workers:
-        made = list(workers.map(lambda source: _compile(PROGRAMS[name], source, folder), _sources(PROGRAMS[name])))
+        made = list(workers.map(lambda source: _compile(PROGRAMS[name], source), _sources(PROGRAMS[name])))
     compiler = os.environ.get("CXX") or shutil.which("g++") or "c++"
     linked = folder / f"{name}.new"
     subprocess.run([compiler, *map(str, made), "-pthread", "-o", str(linked)], check=True, timeout=300)

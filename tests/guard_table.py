@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 
-from tests import test_guards, test_simulation
+from tests import test_cuda_host, test_guards, test_simulation
 from tests.ballots import ROOT
 
 DOCUMENT = ROOT / "docs" / "guards.md"
@@ -48,6 +48,19 @@ def others_out(guard: str) -> str:
     return ", ".join(f"`{name}`" for name in found) or "-"
 
 
+def triton_switches() -> list[str]:
+    """From its source, since Triton need not be installed; tests/test_triton_plants.py holds its tests against them."""
+    text = (ROOT / "kernels/triton/words.py").read_text()
+    return re.findall(r'"(\w+)"', re.search(r"^SWITCHES = \((.*?)\)", text, re.MULTILINE | re.DOTALL)[1])
+
+
+def other_kernels(guard: str) -> str:
+    """Kernels besides the CPU's in which a test takes the guard out and is red."""
+    on_the_twin = {**test_cuda_host.GUARDS, **test_guards.DEADLY}
+    found = [name for name, guards in (("CUDA's", on_the_twin), ("Triton's", triton_switches())) if guard in guards]
+    return ", ".join(found) or "-"
+
+
 def simulated(guard: str) -> str:
     if guard not in test_simulation.PLANTED:
         return "-"
@@ -57,13 +70,14 @@ def simulated(guard: str) -> str:
 
 def table() -> str:
     lines = [
-        "| guard | what it is for | described in | red without it | others out | found in simulation by |",
-        "|---|---|---|---|---|---|",
+        "| guard | what it is for | described in | red without it | others out | red in | found in simulation by |",
+        "|---|---|---|---|---|---|---|",
     ]
     places = described_in()
     for guard, what in guards().items():
         where = ", ".join(f"[{path[5:-3]}]({path[5:]})" for path in places[guard])
-        lines.append(f"| `{guard}` | {what} | {where} | {red_test(guard)} | {others_out(guard)} | {simulated(guard)} |")
+        tests = f"{red_test(guard)} | {others_out(guard)} | {other_kernels(guard)} | {simulated(guard)}"
+        lines.append(f"| `{guard}` | {what} | {where} | {tests} |")
     return "\n".join(lines)
 
 

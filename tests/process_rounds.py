@@ -74,6 +74,9 @@ class Rounds:
         here.board.begun[here.rank] = number
         if self.before is not None:
             self.before(here, checker.buffer, number)
+        self.exchange(here, checker, number)
+
+    def exchange(self, here: Here, checker: Checker, number: int) -> None:
         received, handle = checker.dispatch(number)
         if self.between is not None:
             self.between(here, checker.buffer, number)

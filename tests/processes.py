@@ -28,8 +28,8 @@ from fault_a2a.membership import Evidence, View
 from tests.rig import Tally
 
 # The server imports torch once and starts no thread; a rank is forked from it in milliseconds.
-_SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(["tests.process_scenarios"])
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["tests.process_scenarios"])
 
 _PATIENCE_S = 60.0  # a loaded machine is no hang
 _LOOK_S = 0.0005
@@ -47,8 +47,8 @@ class Board:
 
     @classmethod
     def of(cls, num_ranks: int) -> Board:
-        words = [_SERVER.RawArray(ctypes.c_int64, num_ranks) for _ in range(2)]
-        return cls(*words, _SERVER.RawArray(ctypes.c_int64, [_NO_END]))
+        words = [SERVER.RawArray(ctypes.c_int64, num_ranks) for _ in range(2)]
+        return cls(*words, SERVER.RawArray(ctypes.c_int64, [_NO_END]))
 
 
 @dataclass
@@ -202,8 +202,8 @@ class Ranks:
         self._token = ""
 
     def __enter__(self) -> Self:
-        self._host_pipe, theirs = _SERVER.Pipe()
-        self._host = _SERVER.Process(target=_host_store, args=(theirs,), daemon=True)
+        self._host_pipe, theirs = SERVER.Pipe()
+        self._host = SERVER.Process(target=_host_store, args=(theirs,), daemon=True)
         try:
             self._host.start()
             theirs.close()
@@ -227,11 +227,11 @@ class Ranks:
         assert not left, f"names left in /dev/shm: {left}"
 
     def _start(self, rank: int, joins: bool = False) -> tuple[Connection, Any]:
-        ours, theirs = _SERVER.Pipe()
+        ours, theirs = SERVER.Pipe()
         words = Path(self._words.name) / f"{rank}-{len(self._former)}"
         who = (rank, self.num_ranks, self.config, self.task, self.guards_off)
         seat = _Seat(*who, theirs, self.board, self._port, words, joins, self.num_founders)
-        process = _SERVER.Process(target=_live, args=(seat,), daemon=True)
+        process = SERVER.Process(target=_live, args=(seat,), daemon=True)
         process.start()
         theirs.close()
         return ours, process

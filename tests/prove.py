@@ -197,7 +197,10 @@ def run_job(job: Job, rows: list[dict[str, Any]], deadline: float) -> bool:
         if time.monotonic() > deadline:
             break
         started = time.monotonic()
-        result = job.run(seed)
+        try:
+            result = job.run(seed)
+        except Exception as error:  # it is a result too, and the next seeds are not its fault
+            result = {"ok": False, "problems": [str(error)[-500:]]}
         row = {"job": job.name, "seed": seed, **result, "seconds": round(time.monotonic() - started, 2)}
         row |= {"load": os.getloadavg()[0], "date": datetime.now(UTC).date().isoformat(), "commit": commit()}
         held &= bool(result["ok"])

@@ -252,3 +252,13 @@ def suspicions_of(ranks: VirtualRanks, innocent: set[int]) -> list[tuple[int, in
         for evidence in buffer.evidence()
         if evidence.rank in innocent
     ]
+
+
+def shown(scenario: Callable[[], list[str]], num_tries: int = 3) -> list[str]:
+    """What went wrong; tried again while a busy machine kept the scenario from happening at all."""
+    wrong = scenario()
+    for _ in range(num_tries - 1):
+        if not any(text.endswith("the scenario shows nothing") for text in wrong):
+            break
+        wrong = scenario()
+    return wrong

@@ -192,19 +192,19 @@ def promise_race() -> Wrong:
     return [f"{broken} promises named a round as not started that was"] if broken else []
 
 
-def death_between_dispatch_and_combine() -> Wrong:
+def death_between_dispatch_and_combine(in_round: int = 6, num_rounds: int = 12) -> Wrong:
     """A rank dies and the view without it is installed while round r is open: r must keep the members it began with."""
     config = small()
     work = Work(config, 4)
 
     def between(buffer: Buffer, number: int) -> None:
         deadline = time.monotonic() + 5
-        while number == 6 and buffer.rank != 2 and buffer.view.epoch == 0 and time.monotonic() < deadline:
+        while number == in_round and buffer.rank != 2 and buffer.view.epoch == 0 and time.monotonic() < deadline:
             time.sleep(0.001)
 
     with VirtualRanks(4, config, poison=True) as ranks:
-        ranks.buffers[2].arm("dispatch.taken", 6, "crash")
-        tallies = run_checked(ranks, work, 12, between=between)
+        ranks.buffers[2].arm("dispatch.taken", in_round, "crash")
+        tallies = run_checked(ranks, work, num_rounds, between=between)
         return corrupt(tallies) + one_view_per_round(ranks, work, tallies)
 
 

@@ -1,4 +1,4 @@
-"""The CUDA kernels become machine code without a GPU, within a budget of registers, and what is known is kept."""
+"""The command compile: CUDA kernels become machine code without a GPU, in a budget of registers, and are kept."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 from fault_a2a import kernel_compiler, nvrtc
 from fault_a2a.cli.main import main
 from fault_a2a.kernel_compiler import ARCHS, KERNELS, VARIANTS, compile_kernels
+from fault_a2a.kernels.triton import compiled as triton_compiler
 
 ROOT = Path(__file__).resolve().parents[1]
 ALL_KERNELS = [kernel for kernels in KERNELS.values() for kernel in kernels]
@@ -40,7 +41,7 @@ def check_rows(rows: list[dict], archs: list[str], variants: list[str]) -> None:
 
 @needs_nvrtc
 def test_one_chip_within_budget(cache: Path, capsys: pytest.CaptureFixture) -> None:
-    assert main(["compile", "--arch", "90a", "--variant", "bfloat16", "--json"]) == 0
+    assert main(["compile", "--kernels", "cuda", "--arch", "90a", "--variant", "bfloat16", "--json"]) == 0
     answer = json.loads(capsys.readouterr().out)
     check_rows(answer["rows"], ["90a"], ["bfloat16"])
     assert len(list(cache.glob("*.cubin"))) == len(KERNELS) and not list(cache.glob("*.part"))
@@ -49,7 +50,7 @@ def test_one_chip_within_budget(cache: Path, capsys: pytest.CaptureFixture) -> N
 @needs_nvrtc
 @pytest.mark.slow
 def test_every_chip_and_variant_within_budget(cache: Path, capsys: pytest.CaptureFixture) -> None:
-    assert main(["compile", "--json"]) == 0
+    assert main(["compile", "--kernels", "cuda", "--json"]) == 0
     check_rows(json.loads(capsys.readouterr().out)["rows"], list(ARCHS), list(VARIANTS))
 
 
@@ -138,6 +139,54 @@ def test_refusals(cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
             main(["compile", *options])
         assert error.value.code == 2 and why in capsys.readouterr().err
     monkeypatch.setattr(nvrtc, "load", lambda: None)
-    assert main(["compile", "--json"]) == 1
+    assert main(["compile", "--kernels", "cuda", "--json"]) == 1
     answer = json.loads(capsys.readouterr().out)
     assert answer["rows"] == [] and "install fault_a2a[cuda13]" in answer["why"]
+
+
+# --- both kinds of kernels
+
+TRITON_ROW = {**dict.fromkeys(("registers", "spill_bytes", "shared_bytes"), 0), "kernel": "triton.route"}
+
+
+@pytest.fixture
+def asked_of_triton(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[str], list[str]]]:
+    """In the place of Triton's compiler: what it was asked for."""
+    asked: list[tuple[list[str], list[str]]] = []
+
+    def rows(archs: list[str], variants: list[str]) -> list[dict]:
+        asked.append((archs, variants))
+        return [{**TRITON_ROW, "arch": arch, "variant": variant} for arch in archs for variant in variants]
+
+    monkeypatch.setattr(triton_compiler, "kernel_rows", rows)
+    return asked
+
+
+def test_all_kernels_stand_in_one_list(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, asked_of_triton: list
+) -> None:
+    FakeCompiler(monkeypatch)
+    assert main(["compile", "--arch", "90a,90,100f", "--variant", "bfloat16", "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert asked_of_triton == [(["90", "100"], ["bfloat16"])]
+    assert {tuple(sorted(row)) for row in answer["rows"]} == {tuple(sorted([*TRITON_ROW, "arch", "variant"]))}
+    names = [row["kernel"] for row in answer["rows"]]
+    assert names == 3 * ALL_KERNELS + 2 * ["triton.route"] and "why" not in answer
+    assert main(["compile", "--kernels", "triton", "--arch", "90a", "--variant", "float16"]) == 0
+    assert re.search(r"triton.route +90 +float16", capsys.readouterr().out)
+
+
+def test_what_one_compiler_lacks_the_other_still_lists(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, asked_of_triton: list
+) -> None:
+    monkeypatch.setattr(nvrtc, "load", lambda: None)
+    assert main(["compile", "--arch", "90a", "--variant", "bfloat16", "--json"]) == 1
+    answer = json.loads(capsys.readouterr().out)
+    assert [row["kernel"] for row in answer["rows"]] == ["triton.route"] and "no libnvrtc" in answer["why"]
+
+
+def test_without_triton_its_kernels_are_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr(triton_compiler, "find_spec", lambda name: None)
+    assert main(["compile", "--kernels", "triton"]) == 1
+    out, err = capsys.readouterr()
+    assert "install fault_a2a[triton]" in err and "triton." not in out

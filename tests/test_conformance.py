@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import pytest
@@ -236,7 +236,27 @@ def group_of(request: pytest.FixtureRequest) -> GroupOf:
 
 
 on_each = pytest.mark.parametrize("group_of", ["cpu", "cuda-host"], indirect=True)
-on_each_and_mixed = pytest.mark.parametrize("group_of", list(BACKENDS), indirect=True)
+
+
+def name_of(value: object) -> str:
+    return "-".join(str(part).removeprefix("torch.") for part in value) if isinstance(value, tuple) else str(value)
+
+
+def each_on(backends: Sequence[str], names: str, cases: Iterable[tuple]) -> pytest.MarkDecorator:
+    """Every case on the CPU, every third on each of the others, which take turns; CI's slow job runs them all.
+
+    ``names``: of what a case holds, separated by commas.
+    """
+    runs = [
+        pytest.param(
+            *(backend, *case),
+            marks=[] if backend == "cpu" or number % 3 == turn else pytest.mark.slow,
+            id="-".join([*map(name_of, case), backend]),
+        )
+        for number, case in enumerate(cases)
+        for turn, backend in enumerate(backends)
+    ]
+    return pytest.mark.parametrize(f"group_of,{names}", runs, indirect=["group_of"])
 
 
 # --- the grid
@@ -258,12 +278,7 @@ def config_of(formats: tuple = FORMATS[0], **changes: object) -> Config:
     return Config(**{**fields, **changes})
 
 
-def name_of(value: object) -> str:
-    return "-".join(str(part).removeprefix("torch.") for part in value) if isinstance(value, tuple) else str(value)
-
-
-@on_each_and_mixed
-@pytest.mark.parametrize("formats", FORMATS, ids=name_of)
+@each_on(list(BACKENDS), "formats", [(formats,) for formats in FORMATS])
 def test_all_alive(group_of: GroupOf, formats: tuple) -> None:
     config = config_of(formats)
     with group_of(3, config) as ranks:
@@ -271,8 +286,7 @@ def test_all_alive(group_of: GroupOf, formats: tuple) -> None:
     assert sum(tally.lost + tally.unroutable for tally in tallies) == 0 < sum(tally.choices for tally in tallies)
 
 
-@on_each
-@pytest.mark.parametrize("formats", FORMATS, ids=name_of)
+@each_on(["cpu", "cuda-host"], "formats", [(formats,) for formats in FORMATS])
 def test_one_dead_before(group_of: GroupOf, formats: tuple) -> None:
     config = config_of(formats)
     victim = FORMATS.index(formats) % 3
@@ -281,8 +295,7 @@ def test_one_dead_before(group_of: GroupOf, formats: tuple) -> None:
     assert sum(tally.unroutable for tally in tallies) > 0 == sum(tally.lost for tally in tallies)
 
 
-@on_each_and_mixed
-@pytest.mark.parametrize(("formats", "phase"), list(zip(itertools.cycle(FORMATS), phases(), strict=False)), ids=name_of)
+@each_on(list(BACKENDS), "formats,phase", zip(itertools.cycle(FORMATS), phases(), strict=False))
 def test_one_dies_inside_a_round(group_of: GroupOf, formats: tuple, phase: str) -> None:
     """Each phase with another format."""
     config = config_of(formats)
@@ -291,8 +304,7 @@ def test_one_dies_inside_a_round(group_of: GroupOf, formats: tuple, phase: str) 
     assert sum(tally.unroutable for tally in tallies) > 0
 
 
-@on_each_and_mixed
-@pytest.mark.parametrize("phase", phases())
+@each_on(list(BACKENDS), "phase", [(phase,) for phase in phases()])
 def test_rows_and_outcome_at_every_phase(group_of: GroupOf, phase: str) -> None:
     """Packed, four ranks, so that half of the group hears the victim's signal and half does not."""
     config = config_of((torch.bfloat16, "packed", "owner", "drop"), num_experts=8)
@@ -341,11 +353,12 @@ SHAPES = {
 }
 
 
-@on_each
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
-@pytest.mark.parametrize("recv_format", ["batched", "packed"])
-@pytest.mark.parametrize("reduce", ["owner", "expert"])
-def test_shapes(group_of: GroupOf, shape: Shape, recv_format: str, reduce: str) -> None:
+@each_on(
+    *(["cpu", "cuda-host"], "name,recv_format,reduce"),
+    itertools.product(SHAPES, ("batched", "packed"), ("owner", "expert")),
+)
+def test_shapes(group_of: GroupOf, name: str, recv_format: str, reduce: str) -> None:
+    shape = SHAPES[name]
     dtype = torch.bfloat16 if (recv_format == "packed") == (reduce == "owner") else torch.float32
     config = config_of((dtype, recv_format, reduce, "drop"), **shape.changes)
     work = RoutedWork(config, shape.num_ranks, 5, shape.num_tokens, shape.idx_dtype, routings_for(config, shape))

@@ -8,26 +8,29 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from fault_a2a._core import core
 from fault_a2a.buffer import Buffer
 from fault_a2a.config import Config
 from fault_a2a.core_fields import phases
 from fault_a2a.errors import ConstructError
-from fault_a2a.group import Group
 from fault_a2a.rounds import Outcome
 from fault_a2a.testing.virtual import VirtualRanks
 from tests import scenarios
 from tests.drills import run_drills
+from tests.join_scenarios import Steps, all_in, came_at_step_starts, judge_lives, replace_one
+from tests.process_rounds import small as process_config
+from tests.processes import Here
 from tests.rig import Checker, Tally, Work, run_checked
 from tests.test_conformance import FORMATS, RoutedWork, config_of, conform, name_of, wait_for_view
 
@@ -151,12 +154,6 @@ def test_hosts_and_devices_do_not_mix() -> None:
         VirtualRanks(2, small(construct_timeout_ms=5000), backends=["cuda", "cpu"])
 
 
-def test_nobody_joins_yet() -> None:
-    config = small()
-    with pytest.raises(ValueError, match="cannot join a running group yet"):
-        Buffer(Group(dist.HashStore(), 0, 2), config, join=True)
-
-
 # --- captured graphs
 
 
@@ -197,9 +194,9 @@ class CudaGraph:
 class CapturedRounds:
     """Dispatch and combine of one shape, captured once; experts run between the two."""
 
-    def __init__(self, buffer: Buffer, work: Work, device: str) -> None:
+    def __init__(self, buffer: Buffer, work: Work, device: str, checker: Checker | None = None) -> None:
         make = TwinGraph if device == "twin" else CudaGraph
-        self.buffer, self.work, self.checker = buffer, work, Checker(buffer, work)
+        self.buffer, self.work, self.checker = buffer, work, checker or Checker(buffer, work)
         self._dispatch, self._combine = make(buffer), make(buffer)
         self.inputs = [tensor.to(buffer.device) for tensor in work.tokens(buffer.rank, 0)]
         self.received, self.handle = self._dispatch.capture(lambda: buffer.dispatch(*self.inputs))
@@ -215,7 +212,8 @@ class CapturedRounds:
         self.dispatch(number)
         self.y.copy_(self.checker.experts(self.received.to(torch.device("cpu"))))
         self._combine.replay()
-        self.checker.check_output(self.out.cpu(), Outcome(self.outcome.codes.cpu(), self.outcome.lost.cpu()), number)
+        outcome = Outcome(self.outcome.codes.cpu().clone(), self.outcome.lost.cpu().clone())  # the next replay's soon
+        self.checker.check_output(self.out.cpu(), outcome, number)
 
 
 def replay_through_a_death(config: Config, device: str, last: int, victim: int, dies_at: int) -> list[Tally | None]:
@@ -278,11 +276,43 @@ def test_nothing_is_raised_and_nothing_sent_for_a_wrong_choice_in_a_graph(device
 # --- between processes
 
 
+@dataclass(frozen=True)
+class GraphSteps(Steps):
+    """Rounds from one capture a process, whoever comes and goes."""
+
+    device: str = "twin"
+
+    def __call__(self, here: Here) -> None:
+        if self.device == "twin":  # this process was forked from one that may not have it
+            os.environ["FAULT_A2A_TWIN_DRIVER"] = "1"
+        captured.clear()
+        super().__call__(here)
+
+    def exchange(self, here: Here, checker: Checker, number: int) -> None:
+        if not captured:
+            captured.append(
+                CapturedRounds(checker.buffer, self.work(here.config, here.num_ranks), self.device, checker)
+            )
+        captured[0].replay(number)
+
+
+captured: list[CapturedRounds] = []  # of this process
+
+
+def test_a_graph_replays_through_the_replacement_of_a_rank(device: str) -> None:
+    """Survivors never capture again: the newcomer's window lies where that of the dead rank lay."""
+    config, steps = process_config(4, backend="cuda"), GraphSteps(seed=1, device=device)
+    reports, gone = replace_one(4, 2, config, steps, (), from_round=12, num_more=12)
+    assert judge_lives(reports, steps, config, gone) + all_in(reports, range(4)) + came_at_step_starts(reports) == []
+    assert all(report.tally.rounds > 12 for rank, report in reports.items() if rank != 2)
+
+
 @pytest.fixture
 def drilled(device: str) -> Iterator[Sequence[dict]]:
     shape = ["--ranks", "4", "--hidden", "256", "--tokens", "8", "--steps", "20", "--backend", "cuda"]
     before = set(Path("/dev/shm").glob("fa2a-*"))
-    yield run_drills([[*shape, "--kill", "1@10"], [*shape, "--stop", "2@8:900", "--silence-ms", "200"]], timeout_s=240)
+    faults = (["--kill", "1@10"], ["--stop", "2@8:900", "--silence-ms", "200"], ["--kill", "1@5", "--rejoin", "1@10"])
+    yield run_drills([[*shape, *fault] for fault in faults], timeout_s=240)
     deadline = time.monotonic() + 10
     while not set(Path("/dev/shm").glob("fa2a-*")) <= before and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -290,7 +320,8 @@ def drilled(device: str) -> Iterator[Sequence[dict]]:
 
 
 def test_processes_hand_their_windows_over_and_lose_a_rank(drilled: Sequence[dict]) -> None:
-    for answer, gone, evidence in zip(drilled, (1, 2), ("exit", "silence"), strict=True):
+    # Who was killed in the last one is back.
+    for answer, gone, evidence in zip(drilled, ([1], [2], []), ("exit", "silence", "exit"), strict=True):
         assert answer["ok"], answer["problems"]
-        assert answer["evicted"] == [gone] and answer["corrupt_rows"] == 0 and answer["accounting_exact"]
+        assert answer["evicted"] == gone and answer["corrupt_rows"] == 0 and answer["accounting_exact"]
         assert {kind for line in answer["faults"] for kind in line["evidence"]} == {evidence}

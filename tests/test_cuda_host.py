@@ -5,13 +5,10 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 
 import pytest
 import torch
@@ -21,7 +18,8 @@ from fault_a2a.config import Config
 from fault_a2a.errors import ClosedError
 from fault_a2a.testing.virtual import VirtualRanks
 from tests import rig, scenarios
-from tests.rig import Checker, Tally, Work, raised, run_checked
+from tests.apart import exit_code
+from tests.rig import Checker, Tally, Work, raised, run_checked, shown
 from tests.scenarios import Wrong, without
 from tests.test_guards import TABLE
 
@@ -87,7 +85,7 @@ def test_a_missing_fence_is_found_in_the_weak_mode(bug: str) -> None:
 
 @pytest.mark.parametrize("bug", ["no_barrier", "no_list_barrier"])
 def test_a_missing_barrier_is_found(bug: str) -> None:
-    assert exit_code_of("run_rounds_of_three_seeds()", bug) != 0 == exit_code_of("run_rounds_of_three_seeds()")
+    assert exit_code_of(run_rounds_of_three_seeds, bug) != 0 == exit_code_of(run_rounds_of_three_seeds)
 
 
 def run_rounds_of_three_seeds() -> Wrong:
@@ -106,16 +104,18 @@ def lying_about_counts() -> Wrong:
 
 
 def test_a_count_that_is_not_clamped_is_found() -> None:
-    assert exit_code_of("lying_about_counts()", "count_unclamped") != 0 == exit_code_of("lying_about_counts()")
+    assert exit_code_of(lying_about_counts, "count_unclamped") != 0 == exit_code_of(lying_about_counts)
 
 
-def exit_code_of(call: str, *bugs: str) -> int:
-    """Of a process that exits with 1 if ``call`` finds something wrong; a bug may as well end it itself."""
-    code = f"from tests.test_cuda_host import *\nwith planted(*{bugs!r}):\n    raise SystemExit(1 if {call} else 0)\n"
-    env = {**os.environ, "FAULT_A2A_CORE": "hooks", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
-    assert "ImportError" not in done.stderr and "SyntaxError" not in done.stderr, done.stderr
-    return done.returncode
+@cache
+def exit_code_of(call: Callable[[], Wrong], *bugs: str) -> int:
+    """Of a process in which the bugs are planted; a bug may as well end it itself."""
+    return exit_code(partial(with_bugs, call, bugs))
+
+
+def with_bugs(call: Callable[[], Wrong], bugs: tuple[str, ...]) -> Wrong:
+    with planted(*bugs):
+        return call()
 
 
 # --- the guards, in these kernels
@@ -145,7 +145,7 @@ def test_guard(guard: str) -> None:
     scenario, others = TABLE[guard]
     with all_on(*GUARDS[guard]):
         with without(*others):
-            assert scenario() == []
+            assert shown(scenario) == []
         with without(guard, *others):
             assert any(scenario() for _ in range(3))
 
@@ -158,7 +158,7 @@ def test_no_number_of_a_liar_is_believed(lie: str) -> None:
 
 @pytest.mark.parametrize(("guards", "lie"), [(("clamp_count", "check_index"), "count"), (("check_index",), "expert")])
 def test_a_number_that_is_believed_does_harm(guards: tuple, lie: str) -> None:
-    assert exit_code_of(f"believed({guards!r}, {lie!r})") != 0
+    assert exit_code(partial(believed, guards, lie)) != 0
 
 
 def believed(guards: tuple[str, ...], lie: str) -> Wrong:

@@ -34,6 +34,8 @@ def test_keys(answer):
     assert set(answer["backends"]) == {"cpu", "triton", "cuda"}
     for backend in answer["backends"].values():
         assert isinstance(backend["available"], bool) and backend["why"]
+    auto = answer["auto"]
+    assert auto["backend"] in answer["backends"] and auto["why"].startswith("cuda: ")
 
 
 def test_it_says_what_runs_here_and_what_does_not(answer):

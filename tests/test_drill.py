@@ -44,6 +44,7 @@ DRILLS = {
         *("--backend", "cuda-host,cpu", "--reduce", "expert", "--recv-format", "packed"),
     ],
     "cuda-host, rejoin": ["--kill", "1@5", "--rejoin", "1@10", "--backend", "cuda-host,cpu"],
+    "rejoin on cuda-host": ["--kill", "1@5", "--rejoin", "1@10", "--backend", "cpu,cuda-host"],
     "cuda-host, cut": ["--cut", "1-2@10", *QUICK, "--backend", "cuda-host,cpu"],
     "cuda-host, long stop": ["--stop", "1@10:900", *QUICK, "--backend", "cpu,cuda-host"],
     "no tokens": ["--tokens", "0", "--kill", "1@10"],

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import os
 import platform
-import subprocess
-import sys
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 
 from fault_a2a._core import core
 from tests import collective_scenarios, join_scenarios, scenarios
+from tests.apart import exit_code
 from tests.ballots import WENT_WRONG, run
+from tests.rig import shown
 from tests.scenarios import Wrong, without
 
 torch.set_num_threads(1)
@@ -76,7 +77,7 @@ def test_every_guard_is_listed() -> None:
 def test_scenario_is_clean_with_the_guard(guard: str) -> None:
     scenario, others = TABLE[guard]
     with without(*others):
-        assert scenario() == []
+        assert shown(scenario) == []
 
 
 @pytest.mark.parametrize("guard", TABLE)
@@ -105,21 +106,16 @@ def test_joins_are_red_without_the_guard(guard: str) -> None:
     assert any(JOINS[guard](guards_off=[guard]) for _ in range(3))
 
 
-def lie_in_a_process(lie: str, guards_out: tuple[str, ...]) -> int:
-    script = (
-        "from tests import scenarios\n"
-        f"with scenarios.without(*{guards_out!r}):\n"
-        f"    wrong = scenarios.lying({lie!r})\n"
-        "raise SystemExit(3 if wrong else 0)\n"
-    )
-    return subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=60).returncode
+def lie_without(lie: str, guards_out: tuple[str, ...]) -> Wrong:
+    with without(*guards_out):
+        return scenarios.lying(lie)
 
 
 @pytest.mark.parametrize("guard", DEADLY)
 def test_a_number_that_is_believed_does_harm(guard: str) -> None:
     lie, others = DEADLY[guard]
-    assert lie_in_a_process(lie, others) == 0
-    assert lie_in_a_process(lie, (guard, *others)) != 0
+    assert exit_code(partial(lie_without, lie, others)) == 0
+    assert exit_code(partial(lie_without, lie, (guard, *others))) != 0
 
 
 @pytest.mark.parametrize(

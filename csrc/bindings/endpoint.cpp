@@ -42,6 +42,7 @@ void Endpoint::create() {
   if (config_.machine == Machine::cuda) create_device();
   ControlPage& page = shared_ != nullptr ? shared_->own_page() : fabric_->page(config_.rank);
   fill_page(page, Life::constructing);
+  if (config_.machine == Machine::cuda) open_door(page.incarnation);
 }
 
 void Endpoint::fill_page(ControlPage& page, Life life) {
@@ -89,6 +90,7 @@ void Endpoint::open_peers() {
     throw std::runtime_error("rank " + std::to_string(peer) +
                              " was built with another Config or version; give all ranks the same one");
   }
+  if (config_.machine == Machine::cuda) open_founders_windows();
   const Decision first = first_decision();
   for (i32 writer = 0; writer < num_partitions(config_.shape); ++writer) {
     const u64 incarnation = writer < config_.num_founders ? first.view.incarnations[writer] : 0;
@@ -172,6 +174,7 @@ void Endpoint::serve() {
     store_relaxed(&state_->stall_ns[rank], static_cast<u64>(config_.stall_ms * kNsPerMs));
   }
   update_tick();
+  if (cuda_) cuda_->tell_settings();
   __atomic_store_n(&fabric_->page(config_.rank).life, static_cast<u32>(Life::running), __ATOMIC_RELEASE);
 }
 

@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "host/door.hpp"
 #include "kernels/cpu/collective.hpp"
 #include "kernels/cpu/context.hpp"
 #include "kernels/cuda/host/rank.hpp"
@@ -71,11 +72,6 @@ class Endpoint : private Doors {
   void open_peers();  // after all have created: map, check, prepare, start the pulse
   void serve();       // after all have opened: names are forgotten, rounds may begin
 
-  // On a GPU the window lies there: between create() and open_peers() each rank hands every peer the descriptor of the
-  // partition that is the peer's, and opens those that it is handed (endpoint_cuda.cpp). Descriptors are the caller's.
-  int export_partition(i32 writer) const;
-  void open_partition(i32 owner, int fd);
-
   // A rank that comes later does this instead (endpoint_joins.cpp).
   void create_newcomer();
   bool open_member(i32 rank, i32 pid, i32 fd, u64 incarnation);  // false: that life is gone
@@ -123,8 +119,14 @@ class Endpoint : private Doors {
   void fill_page(ControlPage& page, Life life);
   void set_up_context();
   void set_up_kernels();
+  // On a GPU (endpoint_cuda.cpp): the window lies there, and peers come by it through this rank's door.
   void create_device();
+  void open_door(u64 incarnation);
+  void open_founders_windows();
   void set_up_device();
+  bool take_window(i32 owner, i32 partition) noexcept;
+  bool renew_window(i32 writer);
+  void fill_device(i32 partition) noexcept;
   void start_pulse(const Decision& first, bool joining);
   bool open_page(i32 rank, i32 pid, i32 fd) noexcept override;
   void fill_window(const View& members, u64 first_round, u64 first_collective) noexcept override;
@@ -143,9 +145,11 @@ class Endpoint : private Doors {
   std::unique_ptr<Pulse> pulse_;
   Context context_;
   std::unique_ptr<cuda::Windows> windows_;  // on a GPU; collectives go through those of the fabric even then
-  std::unique_ptr<cuda::Gpu> gpu_;          // until `cuda_` has it
-  std::unique_ptr<cuda::Rank> cuda_;        // instead of the CPU kernels
-  std::mutex calls_;                        // one kernel at a time
+  std::mutex windows_lock_;                 // what lies in them is swapped by one thread and handed out by another
+  std::unique_ptr<Door> door_;
+  std::unique_ptr<cuda::Gpu> gpu_;    // until `cuda_` has it
+  std::unique_ptr<cuda::Rank> cuda_;  // instead of the CPU kernels
+  std::mutex calls_;                  // one kernel at a time
   bool closed_ = false;
   bool crashed_ = false;
   // Of a member, for whom a partition is ready; of a newcomer, which members it reaches and which know of it.

@@ -1,7 +1,10 @@
 // A rank on a GPU: its driver, its window there, and how peers come by it.
+#include <unistd.h>
+
 #include <stdexcept>
 
 #include "bindings/endpoint.hpp"
+#include "host/clock.hpp"
 #include "kernels/cuda/host/driver_gpu.hpp"
 #if defined(FA2A_TEST_HOOKS) && FA2A_TEST_HOOKS
 #include <stdlib.h>
@@ -15,6 +18,7 @@ namespace {
 
 constexpr i32 kNumThreads = 512;  // what the kernels are compiled for
 constexpr i32 kNumTwinThreads = 64;
+constexpr i64 kPatienceNs = 200 * kNsPerMs;  // with a peer whose window is asked for
 
 const cuda::Driver* find_driver(std::string& why) {
 #if defined(FA2A_TEST_HOOKS) && FA2A_TEST_HOOKS
@@ -46,11 +50,53 @@ void Endpoint::create_device() {
                             partition_layout(config_.shape).num_bytes});
 }
 
-int Endpoint::export_partition(i32 writer) const { return windows_->export_partition(writer); }
+void Endpoint::open_door(u64 incarnation) {
+  door_ = std::make_unique<Door>(incarnation, [this](i32 partition) {
+    std::lock_guard<std::mutex> lock(windows_lock_);
+    const bool is_one = partition >= 0 && partition < num_partitions(config_.shape);
+    return is_one ? windows_->export_partition(partition) : -1;
+  });
+}
 
-void Endpoint::open_partition(i32 owner, int fd) { windows_->open(owner, fd); }
+// My partition in the window of `owner`, by whatever life of it my mapping of its page shows. No kernel of mine runs.
+bool Endpoint::take_window(i32 owner, i32 partition) noexcept {
+  const i32 file = Door::ask(fabric_->page(owner).incarnation, partition, kPatienceNs);
+  if (file < 0) return false;
+  try {
+    std::lock_guard<std::mutex> lock(windows_lock_);
+    windows_->plug(owner, file, cuda::Quiescent());
+    ::close(file);
+    return true;
+  } catch (const std::runtime_error&) {  // no memory for a mapping: as if the owner had not been there
+    ::close(file);
+    return false;
+  }
+}
 
-// The words of each partition as prepare_partition left them in the fabric's, whose rows nobody ever touches.
+void Endpoint::open_founders_windows() {
+  for (i32 owner = 0; owner < config_.num_founders; ++owner)
+    if (owner != config_.rank && !take_window(owner, config_.rank))
+      throw std::runtime_error("rank " + std::to_string(owner) + " did not hand over its window; it may have ended");
+}
+
+// Fresh memory where a partition of my window is, beyond the reach of whoever stored into the old one.
+bool Endpoint::renew_window(i32 writer) {
+  if (!guarded(guard_fresh_partition)) return true;
+  try {
+    std::lock_guard<std::mutex> lock(windows_lock_);
+    windows_->renew(writer, cuda::Quiescent());
+    return true;
+  } catch (const std::runtime_error&) {
+    return false;
+  }
+}
+
+// The words of a partition as prepare_partition left them in the fabric's, whose rows nobody ever touches.
+void Endpoint::fill_device(i32 partition) noexcept {
+  auto* there = reinterpret_cast<u8*>(windows_->inbound(partition));
+  cuda_->upload(there, fabric_->inbound(partition), partition_layout(config_.shape).claims[0]);
+}
+
 void Endpoint::set_up_device() {
   cuda::WindowAddresses addresses;
   const PartitionLayout at = partition_layout(config_.shape);

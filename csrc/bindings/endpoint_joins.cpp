@@ -18,7 +18,9 @@ void Endpoint::create_newcomer() {
   fabric_ = std::move(fabric);
   ControlPage& page = fabric_->page(config_.rank);
   page.window_fd = static_cast<u32>(newcomer_->window_fd());
+  if (config_.machine == Machine::cuda) create_device();
   fill_page(page, Life::constructing);
+  if (config_.machine == Machine::cuda) open_door(page.incarnation);
   knocked_at_.assign(static_cast<size_t>(config_.shape.num_ranks), 0);
   reached_.assign(static_cast<size_t>(config_.shape.num_ranks), 0);
 }
@@ -43,9 +45,13 @@ void Endpoint::fill_window(const View& members, u64 first_round, u64 first_colle
     if (!members.active.has(rank)) continue;
     prepare_partition(fabric_->inbound(members.partitions[rank]), config_.shape, me, rank, members.incarnations[rank],
                       first);
+    if (windows_) fill_device(members.partitions[rank]);
   }
   newcomer_->take_partition(mine);
   prepare_partition(fabric_->inbound(mine), config_.shape, me, me, fabric_->page(me).incarnation, first);
+  if (windows_) fill_device(mine);
+  if (cuda_)
+    cuda_->set_outbound(me, windows_ ? reinterpret_cast<u8*>(windows_->inbound(mine)) : fabric_->inbound(mine));
   for (SentWords& sent : fabric_->page(me).sent) forget_sent(sent, first);
   context_.next_collective = first_collective;
 }
@@ -67,6 +73,7 @@ bool Endpoint::reach(i32 owner, i32 partition) {
   // The number may be another file's by now; only what was put aside for me says so.
   const auto* header = reinterpret_cast<const PartitionHeader*>(fabric_->outbound(owner) + context_.at.header);
   if (header->magic != kPartitionMagic || header->incarnation != me || header->owner != owner) return false;
+  if (windows_ && !take_window(owner, partition)) return false;
   reached_[at] = key;
   return true;
 }
@@ -134,6 +141,7 @@ void Endpoint::fill_for(const Newcomer& newcomer) {
   const Beginning first{context_.next_round, context_.next_collective};
   prepare_partition(fabric_->inbound(prepared_partition_), config_.shape, config_.rank, newcomer.rank,
                     newcomer.incarnation, first);
+  if (windows_) fill_device(prepared_partition_);
   // What was sent to the life before was not sent to this one.
   forget_sent(fabric_->page(config_.rank).sent[newcomer.rank], first);
 }
@@ -146,6 +154,7 @@ bool Endpoint::prepare_for(const Newcomer& newcomer) {
   const u64 mine = newcomer.members.partitions[config_.rank];
   if (!fabric_->open_outbound(newcomer.rank, newcomer.pid, newcomer.window_fd, mine * context_.at.num_bytes))
     return false;
+  if (windows_ && (!take_window(newcomer.rank, static_cast<i32>(mine)) || !renew_window(partition))) return false;
   const i32 fd = fabric_->renew_inbound(partition);
   if (fd < 0) return false;
   prepared_for_ = newcomer.incarnation;
@@ -199,8 +208,7 @@ Status Endpoint::begin_step(bool& left_out) {
   bool holds = pulse_->hold_state() != HoldState::none;  // committed, and quorum was lost over it
   if (!holds && pulse_->change_waits()) {
     const std::optional<Newcomer> newcomer = pulse_->newcomer();
-    // On a GPU nobody can come in yet: a newcomer's window would have to be handed over there too.
-    const bool is_prepared = newcomer && config_.machine != Machine::cuda && prepare_for(*newcomer);
+    const bool is_prepared = newcomer && prepare_for(*newcomer);
     const StepChange change = pulse_->ready_change();
     const bool is_join = change.kind == ChangeKind::join;
     const bool is_for_newcomer = is_prepared && change.incarnation == prepared_for_;

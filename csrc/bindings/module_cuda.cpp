@@ -1,4 +1,4 @@
-// What Python asks of a rank on a GPU beyond the verbs: windows to hand over, streams, launches that nobody waits for.
+// What Python asks of a rank on a GPU beyond the verbs: streams, and launches that nobody waits for.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -60,9 +60,7 @@ void bind_cuda(py::module_& m, py::class_<Endpoint, std::shared_ptr<Endpoint>>& 
   m.def("set_stream", &cuda::set_stream);
   // The launches return before their kernels run; without a GPU, with the twin, after.
   using Unlocked = py::call_guard<py::gil_scoped_release>;
-  endpoint.def("export_partition", &Endpoint::export_partition)
-      .def("open_partition", &Endpoint::open_partition)
-      .def("refresh", &Endpoint::refresh, Unlocked())
+  endpoint.def("refresh", &Endpoint::refresh, Unlocked())
       .def("launch_dispatch_send", &launch_dispatch_send, Unlocked())
       .def("launch_dispatch_receive", &launch_dispatch_receive, Unlocked())
       .def("launch_combine_send", &launch_combine_send, Unlocked())

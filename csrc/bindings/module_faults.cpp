@@ -88,6 +88,7 @@ void bind_faults(py::module_& m, py::class_<Endpoint, std::shared_ptr<Endpoint>>
   m.attr("has_hooks") = true;
   m.def("promise_litmus", &promise_litmus, py::call_guard<py::gil_scoped_release>());
   m.def("set_guards_off", [](u64 bits) { guards_off = bits; });
+  m.def("guards_off", [] { return guards_off; });  // for kernels that are not of this library
   m.def("set_planted_bugs", [](u64 bits) { planted_bugs = bits; });
   m.attr("planted_bug_names") = std::vector<std::string>{
 #define FA2A_PLANT_TEXT(name) #name,

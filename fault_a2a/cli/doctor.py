@@ -77,7 +77,8 @@ def examine() -> Found:
         exit_evidence = _probe_exit_evidence()
     machine["exit_evidence"] = exit_evidence
     backends = {"cpu": _cpu(core_why, machine), "triton": _triton(), "cuda": _cuda()}
-    return {"version": __version__, "backends": backends, "machine": machine, "advice": _advice(machine)}
+    answer = {"version": __version__, "backends": backends, "auto": _auto()}
+    return {**answer, "machine": machine, "advice": _advice(machine)}
 
 
 # -- backends --------------------------------------------------------------------------------------------------------
@@ -115,6 +116,18 @@ def _cuda() -> Found:
     if not found:
         return {"available": False, "why": f"kernels compile here (fault-a2a compile) and run on a GPU; {gpus}"}
     return {"available": True, "why": f"{gpus}; this release has not been run on a GPU before it came to you"}
+
+
+def _auto() -> Found:
+    """What ``Config(backend="auto")`` is here, and why it is none of those before it."""
+    try:
+        from fault_a2a.backends import ORDER, choose, this_machine, why_not
+    except ImportError as error:
+        return {"backend": None, "why": str(error)}
+    machine = this_machine()
+    chosen = choose(machine)
+    passed = [f"{backend}: {why_not(backend, machine)}" for backend in ORDER[: ORDER.index(chosen)]]
+    return {"backend": chosen, "why": "; ".join(passed) or "the first choice"}
 
 
 def _gpus() -> tuple[str, bool]:
@@ -331,6 +344,7 @@ def _lines(answer: Found) -> list[str]:
     lines = [f"fault_a2a {answer['version']}, Python {machine['python']}, torch {machine['torch']}", "", "backends"]
     for name, backend in answer["backends"].items():
         lines.append(f"  {name:<7} {'yes' if backend['available'] else 'no':<4} {backend['why']}")
+    lines.append(f"  auto    {answer['auto']['backend']} ({answer['auto']['why']})")
     room = f"{memory['free_bytes'] / _MB:,.0f} of {memory['size_bytes'] / _MB:,.0f} MB free"
     took = f"yes, a killed process was noticed after {evidence['took_ms']} ms"
     lines += [

@@ -46,7 +46,7 @@ COMMANDS = (
     ),
     (
         "compile",
-        "compiles every CUDA kernel for given chips, no GPU needed",
+        "compiles every CUDA and Triton kernel for given chips, no GPU needed",
         compile_command.add_arguments,
         compile_command.run,
     ),

@@ -28,7 +28,6 @@ class LocalFabric:
     """The windows of all virtual ranks, made by the first rank that asks."""
 
     extra: dict[str, Any] = field(default_factory=dict)
-    descriptors: dict[tuple[int, int], int] = field(default_factory=dict)  # by owner and writer, until they are opened
     _group: Any = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
 

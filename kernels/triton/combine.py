@@ -17,20 +17,28 @@ from fault_a2a.kernels.triton.words import (
     ACTIVE,
     ANSWERED,
     ANSWERS,
+    COMBINE_COUNT,
     COUNT_MAX,
     COUNT_SHIFT,
     HEARD,
     INBOUND,
+    NEWEST,
     NUM_LOST,
     NUM_PARITIES,
     NUM_UNROUTABLE,
+    NUM_VIEWS,
     ROUND,
     ROWS_FROM,
     SINCE_NS,
     SUSPECTS,
     TAKEN,
     TICK,
+    VIEW_ACTIVE,
+    VIEW_ONCE,
+    VIEW_STRIDE,
+    VIEWS,
     WORD,
+    acquire,
     bits_of_ranks,
     cell,
     choices_of,
@@ -59,6 +67,10 @@ def open_answers(state, page, outbound, lane, words, is_abandoned, at: tl.conste
     round_number = load64(lane_word(lane, ROUND))
     show(state, page, outbound, load64(words + 8 * TICK), round_number, round_number * 0 + PHASE_COMBINE_SEND, at)
     active = load64(cell(lane, rank, ACTIVE, at), in_group) == 1
+    if VIEW_ONCE & at.guards_off:
+        view = state + VIEWS + VIEW_STRIDE * (acquire(state + NEWEST) % NUM_VIEWS)
+        active = bits_of_ranks(view + VIEW_ACTIVE, rank, in_group) == 1
+        store64(cell(lane, rank, ACTIVE, at), counted(active), in_group)
     taken = load64(cell(lane, rank, TAKEN, at), in_group) == 1
     suspected = bits_of_ranks(state + SUSPECTS, rank, in_group) == 1
     store64(cell(lane, rank, ANSWERED, at), counted(taken & ~suspected & (is_abandoned == 0)), in_group)
@@ -108,6 +120,8 @@ def count_answers(lane, at: tl.constexpr):
     heard = load64(cell(lane, rank, HEARD, at), in_group)
     count = (load64(cell(lane, rank, WORD, at), in_group) >> COUNT_SHIFT) & COUNT_MAX
     short = in_group & (heard == PRESENT) & (count != load64(cell(lane, rank, ANSWERS, at), in_group))
+    if COMBINE_COUNT & at.guards_off:
+        short = rank < 0
     store64(cell(lane, rank, HEARD, at), rank * 0 + OUT, short)
     store64(cell(lane, rank, ANSWERED, at), counted((heard == PRESENT) & ~short), in_group)
     store64(lane_word(lane, NUM_LOST), tl.full([], 0, tl.int64))

@@ -13,36 +13,43 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 # Compute capabilities as Triton names them; its own choice adds the "a" of 90a and its successors.
 ARCHS = ("90", "100", "103", "120")
+# AMD's, for which there is no assembly in these kernels: the portable ways beside it are taken.
+AMD_ARCHS = ("gfx942", "gfx950")
 VARIANTS = ("bfloat16", "float32", "float16")
 TIMEOUT_S = 600
 _MODULE = "fault_a2a.kernels.triton.compiled"
-_WARP = 32
+_WARP, _AMD_WARP = 32, 64
 
 Row = dict[str, Any]  # kernel, arch, variant, registers, spill_bytes, shared_bytes
 
 
 def kernel_rows(archs: Sequence[str] = ARCHS, variants: Sequence[str] = VARIANTS) -> list[Row]:
-    """Compiles every Triton kernel for every chip of ``archs`` ("90" ...) and type of rows. Needs no GPU; blocks, tens
-    of seconds, since a process of its own does it: whether Triton interprets is settled when it is imported.
+    """Compiles every Triton kernel for every chip of ``archs`` ("90", "gfx942" ...) and type of rows. Needs no GPU.
+
+    Blocks, tens of seconds: a process of its own does it, since whether Triton interprets is settled at its import.
 
     Returns:
         one dict a kernel and chip: kernel, arch, variant, registers, spill_bytes, shared_bytes. The layout is that of
         8 ranks, 256 experts, top-8, 128 tokens of 7168 elements. ``variant`` is "all" of kernels that touch no row,
-        else the type, "-fp8" behind it where rows are quantised on the way out and summed by the experts' ranks.
+        else the type, "-fp8" behind it where rows are quantised on the way out and summed by the experts' ranks; of the
+        two casts, where scales are UE8M0.
 
     Raises:
-        ValueError: an arch or variant that is none of ``ARCHS`` or ``VARIANTS``.
+        ValueError: an arch or variant that is none of ``ARCHS``, ``AMD_ARCHS`` or ``VARIANTS``.
         RuntimeError: Triton is not there, or does not compile a kernel; the text says which.
     """
-    for name, chosen, known in (("archs", archs, ARCHS), ("variants", variants, VARIANTS)):
+    for name, chosen, known in (("archs", archs, (*ARCHS, *AMD_ARCHS)), ("variants", variants, VARIANTS)):
         unknown = [one for one in chosen if one not in known]
         if unknown:
             raise ValueError(f"{name}: {unknown[0]!r} is not known; pass some of {', '.join(known)}.")
+    if find_spec("triton") is None:
+        raise RuntimeError("no Triton: install fault_a2a[triton] to compile its kernels.")
     rows: list[Row] = []
     for arch in archs:
         rows += _compiled("rows", arch, *variants)
@@ -97,7 +104,7 @@ def _constants(at: Any) -> Iterator[tuple[Any, dict[str, Any]]]:
     yield window.signal, {"OPENS": words.OPENED.value, "COUNTS": words.ROWS_TO.value, **signal, **kind}
     yield window.show_phase, {}
     yield window.wait_for_words, {**signal, **kind, **wait}
-    yield expand.take_headers, {"PLANT": 0}
+    yield expand.take_headers, {}
     yield expand.rank_rows, {}
     yield expand.assign_places, {}
     yield expand.copy_rows, {"HAS_SCALES": int(at.scale_bytes > 0), "HAS_WEIGHTS": 0}
@@ -109,21 +116,44 @@ def _constants(at: Any) -> Iterator[tuple[Any, dict[str, Any]]]:
     yield combine.count_answers, {}
     yield combine.reduce_rows, {}
     yield combine.tell_lost, {}
+    yield from _op_constants(at)
 
 
-# What is no address, nor a time, and fits into an int32.
-_INT32 = ("num_tokens", "first_token", "num_polls", "is_first", "first_step", "last_step", "phase", "is_abandoned")
+def _op_constants(at: Any) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """The same of the operators around the verbs, in the sizes of the layout; experts have up to two replicas."""
+    import torch
+
+    from fault_a2a.kernels.triton import ops_permute, ops_quantize, ops_route
+
+    kinds = ("bfloat16", "float16", "float32")
+    dtype = getattr(torch, kinds[at.dtype])
+    yield ops_route.route_tokens, ops_route.constants(at.num_experts, 2, 2 * at.num_experts, at.num_ranks, at.num_topk)
+    yield ops_permute.permute_rows, ops_permute.permute_constants(at.num_topk, at.num_experts, at.hidden_bytes, True)
+    yield ops_permute.unpermute_rows, ops_permute.unpermute_constants(at.hidden_bytes)
+    yield ops_permute.sum_rows, ops_permute.sum_constants(at.num_topk, at.hidden, dtype)
+    for kernel in (ops_quantize.quantize_blocks, ops_quantize.dequantize_blocks):
+        yield kernel, ops_quantize.constants(at.hidden, dtype, is_ue8m0=at.quantize != 0)
+
+
+# Numbers that do not fit into an int32 in every launch.
+_TIMES = ("base_ns", "ns_per_poll", "tick_ns", "round_number", "next_round", "owed_0", "owed_1")
 
 
 def _compile(kernel: Any, arch: str, constants: dict[str, Any], at: Any) -> Any:
     import triton
     from triton.backends.compiler import GPUTarget
 
+    from fault_a2a.kernels.triton.target import NUMBERS
+
     names = list(inspect.signature(kernel.fn).parameters)
     constants = {**({"at": at} if "at" in names else {}), **constants}
-    types = {name: "constexpr" if name in constants else "i32" if name in _INT32 else "i64" for name in names}
+    target = GPUTarget("cuda", int(arch), _WARP) if arch in ARCHS else GPUTarget("hip", arch, _AMD_WARP)
+    if "HAS_PTX" in constants:
+        constants["HAS_PTX"] = target.backend == "cuda"
+    small = NUMBERS.difference(_TIMES)
+    types = {name: "constexpr" if name in constants else "i32" if name in small else "i64" for name in names}
     source = triton.compiler.ASTSource(fn=kernel, signature=types, constexprs=constants)
-    return triton.compile(source, target=GPUTarget("cuda", int(arch), _WARP), options={"enable_fp_fusion": False})
+    return triton.compile(source, target=target, options={"enable_fp_fusion": False})
 
 
 _REGISTERS = re.compile(r"Used (\d+) registers")
@@ -149,7 +179,22 @@ def _taken_of(ptx: str, arch: str) -> tuple[int, int]:
     return int(registers[1]), int(spills[1]) + int(spills[2])
 
 
-_TOUCH_ROWS = ("store_rows", "copy_rows", "return_rows", "reduce_rows")
+_AMD_REGISTERS = re.compile(r"\.vgpr_count:\s+(\d+)")
+_AMD_SPILLS = re.compile(r"\.vgpr_spill_count:\s+(\d+)")
+_REGISTER_BYTES = 4
+
+
+def _taken_of_amd(assembly: str) -> tuple[int, int]:
+    """(vector registers, bytes spilled) of a kernel, as its metadata says."""
+    registers, spills = _AMD_REGISTERS.search(assembly), _AMD_SPILLS.search(assembly)
+    assert registers is not None and spills is not None, "no metadata in the assembly"
+    return int(registers[1]), int(spills[1]) * _REGISTER_BYTES
+
+
+_TOUCH_ROWS = (
+    *("store_rows", "copy_rows", "return_rows", "reduce_rows"),
+    *("sum_rows", "quantize_blocks", "dequantize_blocks"),
+)
 
 
 def _compile_all(arch: str, variants: Sequence[str]) -> Iterator[Row]:
@@ -173,7 +218,8 @@ def _row(kernel: Any, arch: str, variant: str, constants: dict[str, Any], at: An
         compiled = _compile(kernel, arch, constants, at)
     except Exception as error:
         raise RuntimeError(f"{name} for {arch}, {variant}: {error}") from error
-    registers, spill_bytes = _taken_of(compiled.asm["ptx"], arch)
+    text = compiled.asm
+    registers, spill_bytes = _taken_of(text["ptx"], arch) if arch in ARCHS else _taken_of_amd(text["amdgcn"])
     used = {"registers": registers, "spill_bytes": spill_bytes, "shared_bytes": compiled.metadata.shared}
     return {"kernel": f"triton.{name}", "arch": arch, "variant": variant, **used}
 

@@ -4,7 +4,7 @@ import triton.language as tl
 
 from fault_a2a.kernels.triton import layout
 from fault_a2a.kernels.triton.layout import NUMBERS, OFFSETS, QUANTIZE, constant
-from fault_a2a.kernels.triton.numbers import QUANTIZED_BLOCK, UE8M0, copy_bytes, copy_words, quantized_block
+from fault_a2a.kernels.triton.numbers import QUANTIZED_BLOCK, UE8M0, copy_bytes, copy_words, store_quantized_block
 from fault_a2a.kernels.triton.target import kernel
 from fault_a2a.kernels.triton.window import OUT, WAITING
 from fault_a2a.kernels.triton.words import (
@@ -194,17 +194,9 @@ def store_rows(
             if (at.quantize != NEVER) & (HAS_SCALES == 0):
                 # Quantised anew for each destination: the arithmetic is cheaper than the memory to keep it in.
                 is_ue8m0: tl.constexpr = at.quantize == UE8M0
-                block = integers(QUANTIZED_BLOCK)
                 for first in range(0, at.hidden, QUANTIZED_BLOCK):
-                    q, bits = quantized_block(x + at.hidden_bytes * token, first, at.hidden, at.dtype, is_ue8m0)
-                    tl.store(
-                        (to + first + block).to(tl.pointer_type(tl.int8)), q.to(tl.int8), mask=first + block < at.hidden
-                    )
-                    scale = to + at.scales_at + first // QUANTIZED_BLOCK * (1 if is_ue8m0 else 4)
-                    if is_ue8m0:
-                        tl.store(scale.to(tl.pointer_type(tl.int8)), bits.to(tl.int8))
-                    else:
-                        store32(scale, bits)
+                    source = x + at.hidden_bytes * token
+                    store_quantized_block(to, to + at.scales_at, source, first, at.hidden, at.dtype, is_ue8m0)
                 if is_ue8m0:
                     # The padding of the last word of scales.
                     byte = integers(4) + (at.hidden + QUANTIZED_BLOCK - 1) // QUANTIZED_BLOCK

@@ -15,13 +15,15 @@ from fault_a2a.kernels.triton.dispatch import (
     HEADER_NUM_CHOICES,
     HEADER_TOKEN,
 )
-from fault_a2a.kernels.triton.layout import constant
 from fault_a2a.kernels.triton.numbers import copy_bytes, copy_words
 from fault_a2a.kernels.triton.target import inline, kernel
 from fault_a2a.kernels.triton.window import PRESENT
 from fault_a2a.kernels.triton.words import (
     BAD,
+    CHECK_INDEX,
     CHOICES_FROM,
+    CLAIMS_MET,
+    CLAMP_COUNT,
     COUNT_MAX,
     COUNT_SHIFT,
     HEARD,
@@ -45,9 +47,6 @@ from fault_a2a.kernels.triton.words import (
     sum_of,
 )
 
-# A planted bug, for the tests that must find it: see docs/protocol.md.
-PLANT_UNCLAMPED = constant(2)
-
 
 @inline
 def header_of(lane, src, row, at: tl.constexpr):
@@ -55,7 +54,7 @@ def header_of(lane, src, row, at: tl.constexpr):
 
 
 @kernel
-def take_headers(lane, at: tl.constexpr, PLANT: tl.constexpr):
+def take_headers(lane, at: tl.constexpr):
     """A program a source: its claims and row headers out of the window. They are checked in the copy: a peer that lies
     could change the original after the check."""
     src = tl.program_id(0).to(tl.int64)
@@ -66,7 +65,7 @@ def take_headers(lane, at: tl.constexpr, PLANT: tl.constexpr):
     is_present = load64(cell(lane, src, HEARD, at)) == PRESENT
     num_wrong, total = zero, zero
     if is_present:
-        if PLANT != PLANT_UNCLAMPED:
+        if CLAMP_COUNT & at.guards_off == 0:
             if count > at.num_tokens:
                 num_wrong += 1
                 count = zero
@@ -75,9 +74,11 @@ def take_headers(lane, at: tl.constexpr, PLANT: tl.constexpr):
             inside = local < at.num_local_experts
             claim = load32(window + at.claims + at.claims_step * parity + 4 * local, inside)
             store32(lane + at.lane_claims + 4 * (src * at.max_local_experts + local), claim, inside)
-            num_wrong += sum_of(counted(inside & ((claim < 0) | (claim > at.num_tokens))), 0)
+            if CLAMP_COUNT & at.guards_off == 0:
+                num_wrong += sum_of(counted(inside & ((claim < 0) | (claim > at.num_tokens))), 0)
             total += sum_of(tl.where(inside, claim, 0), 0)
-        num_wrong += counted(total > at.num_tokens * at.max_choices)
+        if CLAMP_COUNT & at.guards_off == 0:
+            num_wrong += counted(total > at.num_tokens * at.max_choices)
         num_choices = zero
         for first_row in range(0, count, at.tokens_block):
             row = first_row + integers(at.tokens_block)
@@ -99,7 +100,8 @@ def take_headers(lane, at: tl.constexpr, PLANT: tl.constexpr):
             expert = load32(header[:, None] + offset + CHOICE_EXPERT, given)
             k = load32(header[:, None] + offset + CHOICE_K, given)
             in_range = (expert >= 0) & (expert < at.num_local_experts) & (k >= 0) & (k < at.num_topk)
-            num_wrong += sum_of(sum_of(counted(given & ~in_range), 1), 0)
+            if CHECK_INDEX & at.guards_off == 0:
+                num_wrong += sum_of(sum_of(counted(given & ~in_range), 1), 0)
             store32(copy[:, None] + offset + CHOICE_EXPERT, expert, given)
             store32(copy[:, None] + offset + CHOICE_K, k, given)
             store32(
@@ -144,7 +146,12 @@ def rank_rows(lane, at: tl.constexpr):
         num_here += sum_of(has_row, 0)
     inside = local < at.num_local_experts
     claim = load32(lane + at.lane_claims + 4 * (src * at.max_local_experts + local), inside)
-    num_wrong = sum_of(counted(inside & ((num_twice != 0) | (num_here != claim))), 0)
+    wrong = num_twice != 0
+    if CHECK_INDEX & at.guards_off:
+        wrong = num_twice < 0
+    if CLAIMS_MET & at.guards_off == 0:
+        wrong = wrong | (num_here != claim)
+    num_wrong = sum_of(counted(inside & wrong), 0)
     if (load64(cell(lane, src, HEARD, at)) == PRESENT) & (num_wrong != 0):
         tl.atomic_add(cell(lane, src, BAD, at).to(tl.pointer_type(tl.int64)), num_wrong, sem="relaxed")
 

@@ -33,6 +33,9 @@ BAD_EXPERT, REPEATED_EXPERT = 1, 2
 DTYPES = {"bfloat16": 0, "float16": 1, "float32": 2}
 QUANTIZE = {"never": 0, "float32": 1, "ue8m0": 2}
 
+# As csrc/protocol/guards.hpp numbers them. Only in the test build one can be out.
+GUARDS = {name: 1 << place for place, name in enumerate(core.guard_names())}
+
 MAX_RANKS = NUMBERS["max_ranks"]
 MAX_TOKENS_BLOCK, MAX_EXPERTS_BLOCK, MAX_COPY_BLOCK, MAX_SUM_BLOCK = 32, 64, 1024, 1024
 
@@ -117,14 +120,16 @@ class Layout:
     lane_claims: int
     lane_first: int
     lane_bytes: int
+    # Whose guards are out, one bit each: a constant, so that in production nothing of a switch is left.
+    guards_off: int = 0
 
     @property
     def element_bytes(self) -> int:
         return self.hidden_bytes // self.hidden
 
 
-def layout_of(fields: dict[str, Any]) -> Layout:
-    """The layout of one rank, out of what its native core was made from (``core_fields``)."""
+def layout_of(fields: dict[str, Any], copy_block: int = MAX_COPY_BLOCK, sum_block: int = MAX_SUM_BLOCK) -> Layout:
+    """The layout of one rank, out of what its native core was made from (``core_fields``). The blocks: at most."""
     window = core.window_layout(fields)
     ranks, topk, tokens = fields["num_ranks"], fields["num_topk"], fields["num_max_tokens_per_rank"]
     local, choices = fields["max_local_experts"], window["max_choices"]
@@ -170,8 +175,8 @@ def layout_of(fields: dict[str, Any]) -> Layout:
         choices_block=block(choices),
         tokens_block=min(block(tokens), MAX_TOKENS_BLOCK),
         experts_block=min(block(local), MAX_EXPERTS_BLOCK),
-        copy_block=min(block(max(fields["payload_bytes"], fields["hidden_bytes"]) // 8), MAX_COPY_BLOCK),
-        sum_block=min(block(hidden), MAX_SUM_BLOCK),
+        copy_block=min(block(max(fields["payload_bytes"], fields["hidden_bytes"]) // 8), copy_block),
+        sum_block=min(block(hidden), sum_block),
         **lane,
         lane_bytes=at,
     )

@@ -7,7 +7,7 @@ import triton.language as tl
 
 from fault_a2a.kernels.triton.layout import DTYPES, QUANTIZE, constant
 from fault_a2a.kernels.triton.target import inline
-from fault_a2a.kernels.triton.words import integers, max_of
+from fault_a2a.kernels.triton.words import integers, max_of, store32
 
 BFLOAT16, FLOAT16 = constant(DTYPES["bfloat16"]), constant(DTYPES["float16"])
 UE8M0 = constant(QUANTIZE["ue8m0"])
@@ -93,6 +93,18 @@ def quantized_block(x, first, hidden: tl.constexpr, dtype: tl.constexpr, is_ue8m
         bits = tl.where(is_finite, bits, FLOAT_NAN)
     q = e4m3_of(tl.where(is_finite, value, 0.0) * tl.div_rn(scale * 0.0 + 1.0, scale))
     return tl.where(is_finite, q, E4M3_NAN), bits
+
+
+@inline
+def store_quantized_block(to, scales, x, first, hidden: tl.constexpr, dtype: tl.constexpr, is_ue8m0: tl.constexpr):
+    """A row ``x`` from element ``first`` on: its bytes into the row ``to``, their scale among the row's ``scales``."""
+    q, bits = quantized_block(x, first, hidden, dtype, is_ue8m0)
+    element = first + integers(QUANTIZED_BLOCK)
+    tl.store((to + element).to(tl.pointer_type(tl.int8)), q.to(tl.int8), mask=element < hidden)
+    if is_ue8m0:
+        tl.store((scales + first // QUANTIZED_BLOCK).to(tl.pointer_type(tl.int8)), bits.to(tl.int8))
+    else:
+        store32(scales + first // QUANTIZED_BLOCK * 4, bits)
 
 
 @inline

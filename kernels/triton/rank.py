@@ -6,6 +6,7 @@ launched again; in between this rank sleeps on its doorbell, as the CPU's kernel
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -16,7 +17,8 @@ from fault_a2a._core import core
 from fault_a2a.kernels.triton import combine, dispatch, expand, layout, window, words
 from fault_a2a.kernels.triton.lane import Lane
 from fault_a2a.kernels.triton.layout import NUMBERS, layout_of
-from fault_a2a.kernels.triton.target import HAS_PTX, INTERPRETED, launch
+from fault_a2a.kernels.triton.target import HAS_PTX, INTERPRETED, SOME_ADDRESS, compile_ahead, launch
+from fault_a2a.kernels.triton.tuning import blocks_for
 
 T = TypeVar("T")
 Dispatched = tuple[str, int, int, int, int, int]  # status, round, rows received; of a wrong choice: where, and what
@@ -24,7 +26,7 @@ Dispatched = tuple[str, int, int, int, int, int]  # status, round, rows received
 # An interpreted kernel keeps all other threads of this process from theirs while it looks.
 NUM_POLLS = 2 if INTERPRETED else 1 << 14
 NUM_LANES = NUMBERS["num_parities"]
-NO_PLANT, PLANT_UNBOUNDED, PLANT_UNCLAMPED, PLANT_SIGNAL_FIRST = 0, 1, 2, 3
+NO_PLANT, PLANT_UNBOUNDED, PLANT_SIGNAL_FIRST = 0, 1, 2  # beside the guards, for the tests that must find them
 _POINTS = {name: idx for idx, name in enumerate(core.phases())}
 _PHASES = {name: NUMBERS[f"phase_{name}"] for name in ("caller", "closed")}
 _WRONG = {layout.BAD_EXPERT: "bad_expert", layout.REPEATED_EXPERT: "repeated_expert"}
@@ -45,7 +47,8 @@ class Rank:
     """
 
     def __init__(self, endpoint: Any, fields: dict[str, Any]) -> None:
-        self.endpoint, self.at = endpoint, layout_of(fields)
+        blocks = blocks_for(fields)
+        self.endpoint, self.at = endpoint, layout_of(fields, blocks.copy, blocks.sum)
         self.plant = NO_PLANT
         self.num_ranks = fields["num_ranks"]
         self._device = "cpu" if INTERPRETED else "cuda"
@@ -65,9 +68,26 @@ class Rank:
         self._stats = {"num_rounds": 0, "num_rejected": 0, "num_rechecks": 0, "num_lost": 0, "num_unroutable": 0}
         self._from_source = torch.zeros(self.num_ranks, 3, dtype=torch.int64)  # rows, bytes, failures
         self._ns_per_poll = 0 if HAS_PTX else self._time_a_poll()
+        self._compile()
 
     def _table(self, values: list[int], dtype: torch.dtype = torch.int64) -> torch.Tensor:
         return torch.tensor(values, dtype=dtype, device=self._device)
+
+    def _compile(self) -> None:
+        """What the warm-up round does not come to, which has no tokens and so no rows.
+
+        Its first use would be in a round in which time counts, and a compilation longer than ``stall_ms`` is a death.
+        """
+        lane, at, outbound = self._lanes[0].address, self.at, self._outbound.data_ptr()
+        for is_64_bit in (0, 1):
+            compile_ahead(dispatch.check_choices, SOME_ADDRESS, 1, lane, at, is_64_bit)
+        quantizes = at.quantize != layout.QUANTIZE["never"]
+        for has_scales in (0, 1) if quantizes else (int(at.scale_bytes > 0),):
+            rows = (SOME_ADDRESS, SOME_ADDRESS if has_scales else 0, SOME_ADDRESS, SOME_ADDRESS, lane, 0)
+            compile_ahead(dispatch.store_rows, *rows, at, has_scales)
+        compile_ahead(dispatch.route, SOME_ADDRESS, SOME_ADDRESS, 1, lane, at)
+        compile_ahead(combine.return_rows, SOME_ADDRESS, outbound, lane, at)
+        compile_ahead(combine.reduce_rows, *[SOME_ADDRESS] * 3, lane, at)
 
     def _time_a_poll(self) -> int:
         """How long one look of a wait takes, for kernels without a clock: a wait's time is read at each launch, and
@@ -95,7 +115,9 @@ class Rank:
             status = "closed" if self._closed else self.endpoint.status()
             if status in ("evicted", "closed"):
                 return answer(status)
-            self._cut_off()
+            if core.has_hooks:
+                self._take_guards_out()
+                self._cut_off()
             try:
                 return work()
             except _Crashed:
@@ -258,7 +280,7 @@ class Rank:
         self, lane: Lane, recv_x: int, recv_scales: int, recv_weights: int, counts: int, offsets: int
     ) -> None:
         at = self.at
-        launch(expand.take_headers, self.num_ranks, lane.address, at, self.plant)
+        launch(expand.take_headers, self.num_ranks, lane.address, at)
         num_blocks = -(-at.num_local_experts // at.experts_block)
         launch(expand.rank_rows, self.num_ranks * num_blocks, lane.address, at)
         self._stats["num_rejected"] += int(((lane.column("heard") == layout.PRESENT) & (lane.column("bad") != 0)).sum())
@@ -425,9 +447,13 @@ class Rank:
         if core.has_hooks and self.endpoint.reach(_POINTS[point], lane.round_number):
             raise _Crashed
 
+    def _take_guards_out(self) -> None:
+        if self.at.guards_off != core.guards_off():
+            self.at = dataclasses.replace(self.at, guards_off=core.guards_off())
+
     def _cut_off(self) -> None:
         """What goes to a rank that is cut off goes nowhere."""
-        cut = self.endpoint.cut_ranks() if core.has_hooks else []
+        cut = self.endpoint.cut_ranks()
         if not cut:
             return
         if self._sink is None:

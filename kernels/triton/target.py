@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import threading
 from collections.abc import Callable
@@ -27,13 +28,27 @@ HAS_PTX = not INTERPRETED and torch.version.hip is None
 _one_at_a_time = threading.Lock()
 
 
+# Arguments of kernels that are numbers and no addresses. Of a number Triton compiles a form of its own for 1 and for
+# multiples of 16, in the middle of a round; of an address it must know that it is a multiple of 16.
+NUMBERS = frozenset(
+    (
+        *("num_tokens", "first_token", "num_rows", "num_polls", "is_first", "first_step", "last_step", "phase"),
+        *("is_abandoned", "round_number", "next_round", "owed_0", "owed_1", "base_ns", "ns_per_poll", "tick_ns"),
+    )
+)
+# Stands for an address that is not known yet.
+SOME_ADDRESS = 1 << 40
+
+
 def kernel(fn: Callable[..., None]) -> Any:
     """A function that is launched."""
     # What the interpreter patches it looks for among a kernel's globals, and what `inline` takes from triton.language
     # calls the core of it.
     fn.__globals__["triton_language_core"] = tl.core
     # Not triton.jit, which decides by what the environment said when triton was first imported, perhaps by others.
-    return InterpretedFunction(fn) if INTERPRETED else triton.jit(fn)
+    if INTERPRETED:
+        return InterpretedFunction(fn)
+    return triton.jit(fn, do_not_specialize=[name for name in inspect.signature(fn).parameters if name in NUMBERS])
 
 
 def inline(fn: Any) -> Any:
@@ -45,6 +60,12 @@ def inline(fn: Any) -> Any:
 
 def _as_jit(fn: Any) -> Any:
     return fn if hasattr(fn, "fn") else triton.jit(fn)
+
+
+def compile_ahead(kernel: Any, *args: object) -> None:
+    """Compiles what ``launch`` with such arguments would run, ``SOME_ADDRESS`` for those that are not known yet."""
+    if not INTERPRETED:
+        kernel.warmup(*args, grid=(1,), enable_fp_fusion=False)
 
 
 def launch(kernel: Any, num_programs: int, *args: object) -> None:

@@ -18,6 +18,7 @@ from fault_a2a.kernels.triton.words import (
     DECLINED_SHIFT,
     ENDS_A_WAIT,
     EPOCH,
+    EPOCH_COMPARE,
     EPOCH_MAX,
     EPOCH_SHIFT,
     HEARD,
@@ -35,6 +36,7 @@ from fault_a2a.kernels.triton.words import (
     PHASE_SHIFT,
     RELEASE,
     ROUND,
+    ROUND_COMPARE,
     ROUND_LIMIT,
     ROUND_MAX,
     ROUND_SHIFT,
@@ -186,10 +188,14 @@ def pass_gate(
 
 
 @inline
-def read(word, round_number, epoch, trusted):
+def read(word, round_number, epoch, trusted, at: tl.constexpr):
     """What a word says to one who expects (round, epoch): absent, present or declined, as csrc/protocol/signal.hpp."""
     ahead = rounds_ahead(word, round_number)
+    if ROUND_COMPARE & at.guards_off:
+        ahead = tl.where(ahead < 0, 0, ahead)
     signed_here = ((word >> EPOCH_SHIFT) & EPOCH_MAX) == (epoch & EPOCH_MAX)
+    if EPOCH_COMPARE & at.guards_off:
+        signed_here = word == word
     whole = signed_here & (((word >> DECLINED_SHIFT) & 1) == 0) & (((word >> CHUNK_SHIFT) & CHUNK_MAX) == 0)
     same = tl.where(whole, PRESENT, OUT)
     reading = tl.where(ahead < 0, WAITING, tl.where(ahead > 0, OUT, same))
@@ -274,7 +280,7 @@ def wait_for_words(
         # In this order: a signal that arrived whole before the suspicion is worth having from anybody.
         suspected = bits_of_ranks(state + SUSPECTS, rank, waiting) == 1
         word = acquire(place, waiting)
-        reading = read(word, round_number, epoch, trusted)
+        reading = read(word, round_number, epoch, trusted, at)
         if PLANT != PLANT_UNBOUNDED:
             reading = tl.where((reading == WAITING) & suspected, OUT, reading)
         store64(cell(lane, rank, WORD, at), word, waiting & (reading == PRESENT))

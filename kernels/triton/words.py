@@ -2,7 +2,16 @@
 
 import triton.language as tl
 
-from fault_a2a.kernels.triton.layout import COLUMNS, FIELDS, LANE_WORDS, NUMBERS, OFFSETS, RANK_WORDS, constant
+from fault_a2a.kernels.triton.layout import (
+    COLUMNS,
+    FIELDS,
+    GUARDS,
+    LANE_WORDS,
+    NUMBERS,
+    OFFSETS,
+    RANK_WORDS,
+    constant,
+)
 from fault_a2a.kernels.triton.target import inline
 
 sum_of, max_of, min_of, running_sum = inline(tl.sum), inline(tl.max), inline(tl.min), inline(tl.cumsum)
@@ -38,6 +47,11 @@ CHOICES_FROM, TAKEN, ANSWERED, SEEN, SEEN_NS, SINCE_NS, LATE_NS, MAX_LATE_NS, WA
 STATUS, ROUND, EPOCH, TOKEN, CHOICE, VALUE, NUM_RECEIVED, NUM_LOST, NUM_UNROUTABLE = _lane_words
 NUM_LANE_WORDS = constant(len(LANE_WORDS))
 TICK, LAST_TICK_NS, LAST_REST_NS, CLOCK_NS = map(constant, range(len(RANK_WORDS)))
+
+# A guard is out where `NAME & at.guards_off` is not 0. These can be; tests/test_triton_plants.py takes each one out.
+SWITCHES = ("view_once", "clamp_count", "check_index", "claims_met", "round_compare", "epoch_compare", "combine_count")
+VIEW_ONCE, CLAMP_COUNT, CHECK_INDEX, CLAIMS_MET = (constant(GUARDS[name]) for name in SWITCHES[:4])
+ROUND_COMPARE, EPOCH_COMPARE, COMBINE_COUNT = (constant(GUARDS[name]) for name in SWITCHES[4:])
 
 
 # --- addresses are int64, so that a window is a number in a table; memory of this rank's own

@@ -1,11 +1,11 @@
 """Tests on the real vLLM, which `make test-vllm` installs; the plain suite leaves this folder out."""
 
-from tests.processes import _SERVER
+from tests.processes import SERVER
 
 
 def preload() -> None:
     """Ranks are forked from a server that has imported vLLM once: four imports at a time take a minute."""
-    _SERVER.set_forkserver_preload(
+    SERVER.set_forkserver_preload(
         [
             "tests.process_scenarios",
             "tests.vllm.micro_batches",

@@ -26,7 +26,7 @@ DTYPES = {
     "fp16": "float16",
     "float16": "float16",
 }
-_BACKENDS = ("cpu", "cuda", "triton", "cuda-host")
+_BACKENDS = ("cpu", "cuda", "triton", "cuda-host", "auto")
 _COMPUTE = re.compile(r"(?P<least>\d+)(-(?P<most>\d+))?", re.ASCII)
 _LATER = {
     "repair": "repairing a step from replicas",

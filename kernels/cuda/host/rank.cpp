@@ -82,11 +82,20 @@ void Rank::tell_settings() {
   if (sunk_ == c_.wire->faults.cut) return;
   sunk_ = c_.wire->faults.cut;
   if (sink_ == nullptr) sink_ = gpu_->allocate(c_.at.num_bytes);
+  tell_outbound();
+#endif
+}
+
+void Rank::set_outbound(i32 owner, u8* partition) {
+  windows_.outbound[static_cast<size_t>(owner)] = partition;
+  tell_outbound();
+}
+
+void Rank::tell_outbound() {
   std::vector<u8*> outbound = windows_.outbound;
   for (i32 dst = 0; dst < c_.shape.num_ranks; ++dst)
     if (sunk_.has(dst)) outbound[static_cast<size_t>(dst)] = sink_;
   gpu_->upload(outbound_, outbound.data(), sizeof(u8*) * outbound.size());
-#endif
 }
 
 // Brings the host's bookkeeping up to date, which answers questions about rounds.

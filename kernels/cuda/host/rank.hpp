@@ -39,6 +39,9 @@ class Rank {
 
   // From any thread, at any time: how often a waiting kernel shows that this rank lives.
   void set_tick(i64 tick_ns) { gpu_->upload(&rank_->tick_ns, &tick_ns, sizeof tick_ns); }
+  // Of a newcomer, which learns its own partition after it was set up.
+  void set_outbound(i32 owner, u8* partition);
+  void upload(void* to, const void* from, u64 num_bytes) { gpu_->upload(to, from, num_bytes); }
   // Takes over what the host has changed since, and what kernels have. Between launches.
   void tell_settings();
   void refresh();
@@ -52,6 +55,7 @@ class Rank {
  private:
   void launch(device::Kernel kernel, i32 num_blocks, const void* arguments, device::DeviceHandle* handle);
   u8* copy_of(const void* host, u64 num_bytes);
+  void tell_outbound();
   device::DeviceHandle* handle_of(u64 round) const { return handles_ + round % kNumParities; }
   device::DeviceHandle finished(const device::DeviceHandle* handle);
   CombineResult gather(u64 round, const ReduceArgs* args);
