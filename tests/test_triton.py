@@ -46,7 +46,9 @@ def group(num_ranks: int, config: Config, *backends: str, **extra: object) -> Vi
 # --- the reference's bits
 
 
-@pytest.mark.parametrize("formats", [FORMATS[0], FORMATS[15], FORMATS[20]], ids=name_of)
+@pytest.mark.parametrize(
+    "formats", [FORMATS[0], FORMATS[15], pytest.param(FORMATS[20], marks=pytest.mark.slow)], ids=name_of
+)
 def test_all_alive(formats: tuple) -> None:
     config = tiny(formats)
     with group(2, config) as ranks:
@@ -73,7 +75,9 @@ def test_all_formats(formats: tuple, backends: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize(
-    "formats", [FORMATS[1], pytest.param(FORMATS[12], marks=pytest.mark.slow), FORMATS[23]], ids=name_of
+    "formats",
+    [*(pytest.param(one, marks=pytest.mark.slow) for one in (FORMATS[1], FORMATS[12])), FORMATS[23]],
+    ids=name_of,
 )
 def test_one_dead_before(formats: tuple) -> None:
     config = tiny(formats)

@@ -42,7 +42,7 @@ def late_rank(*guards_out: str) -> list[str]:
     """What stands in rank 1's word is two rounds old, for longer than rank 0 needs to look at it."""
     config = tiny()
     with VirtualRanks(2, config, backends=("triton", "cpu"), poison=True) as ranks:
-        ranks.buffers[1].arm("dispatch.gate", ranks.buffers[0].num_rounds + 2, "sleep_us", 1_000_000)
+        ranks.buffers[1].arm("dispatch.gate", ranks.buffers[0].num_rounds + 2, "sleep_us", 2_000_000)
         with without(*guards_out):
             tallies = raised(ranks.run(lambda buffer: Checker(buffer, Work(config, 2, seed=2)).run(3)))
         return tallies[0].corrupt
@@ -96,7 +96,8 @@ def test_guard(guard: str) -> None:
     """Clean with it, red without it."""
     scenario, others = GUARDS[guard]
     assert exit_code(partial(scenario, *others)) == 0
-    assert exit_code(partial(scenario, guard, *others)) != 0
+    # An accident of timing may need a second try to happen; that it can happen is what is shown.
+    assert any(exit_code(partial(scenario, guard, *others)) for _ in range(3))
 
 
 def test_a_signal_before_its_rows_is_found() -> None:
