@@ -40,10 +40,10 @@ PLANTED: dict[str, tuple[str, tuple[str, ...], int, str]] = {
     "fresh_partition": ("zombies", (), 1, "lands in a partition that belongs to another life"),
     "step_start": ("growth", (), 1, "stands at no step start"),
     "hold_bound": ("joins", (), 1, "is held at a step start for too long"),
-    "visitor_kept": ("rival_newcomers", (), 1, "who is well, by stall"),
+    "visitor_kept": ("rival_newcomers", (), 1, "a member is dead, and"),
     "old_rounds_first": ("joins", (), 1, "lands in a partition that belongs to another life"),
     "mapped_place": ("rival_newcomers", (), 400, "by link"),
-    "newcomer_once": ("zombies", (), 1, "is well"),
+    "newcomer_once": ("growth", (), 1, "both are well"),
     "beaten_since": ("silent_proposers", (), 1, "who is well, is out of epoch"),
     "decided_leave": ("planned_leaves", (), 1, "has left as was decided"),
 }
