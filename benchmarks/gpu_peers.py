@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from .permuted import Permuted, all_gather_single, process_group
+from .permuted import ByTorch, process_group
 from .systems import System
 from .work import Batch, Shape, expert_factors, scaled
 
@@ -54,7 +54,7 @@ class OnDevice:
             torch.cuda.synchronize(self.device)
 
 
-class Nccl(Permuted):
+class Nccl(ByTorch):
     """NCCL's ``all_to_all_single`` between torch's permutes on the device."""
 
     backend = "nccl"
@@ -81,17 +81,6 @@ class Nccl(Permuted):
             out = super().combine(received, handle)
         self.on.finish()
         return out
-
-    def gather(self, gathered: torch.Tensor, mine: torch.Tensor) -> None:
-        all_gather_single(gathered, mine, group=self.group)
-
-    def exchange(
-        self, arrived: torch.Tensor, sent: torch.Tensor, recv_counts: list[int], send_counts: list[int]
-    ) -> None:
-        dist.all_to_all_single(arrived, sent, recv_counts, send_counts, group=self.group)
-
-    def close(self) -> None:
-        dist.destroy_process_group(self.group)
 
 
 class LowLatency(System):

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from .gpu_peers import DeepEp, Nccl, NixlEp
 from .mpi import Mpi, MpiNoCma
 from .native_permutes import NativePermutes, missing_library
-from .permuted import PerChoice, Permuted, all_gather_single, process_group
+from .permuted import ByTorch, PerChoice, process_group
 from .systems import System
 from .work import Shape
 
 
-class Gloo(Permuted):
+class Gloo(ByTorch):
     """torch.distributed's gloo, ``all_to_all_single``."""
 
     backend = "gloo"
@@ -29,17 +28,6 @@ class Gloo(Permuted):
         return (
             "" if dist.is_available() and dist.is_gloo_available() else "this torch has no gloo: install one that has"
         )
-
-    def gather(self, gathered: torch.Tensor, mine: torch.Tensor) -> None:
-        all_gather_single(gathered, mine, group=self.group)
-
-    def exchange(
-        self, arrived: torch.Tensor, sent: torch.Tensor, recv_counts: list[int], send_counts: list[int]
-    ) -> None:
-        dist.all_to_all_single(arrived, sent, recv_counts, send_counts, group=self.group)
-
-    def close(self) -> None:
-        dist.destroy_process_group(self.group)
 
 
 class GlooPerChoice(Gloo, PerChoice):

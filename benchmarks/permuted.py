@@ -141,6 +141,23 @@ class Permuted(System):
         received.copy_(scaled(received, self.factors.repeat_interleave(self.num_per_expert)[:, None]))
 
 
+class ByTorch(Permuted):
+    """The bytes by a process group of torch.distributed, which a subclass makes."""
+
+    group: Any
+
+    def gather(self, gathered: torch.Tensor, mine: torch.Tensor) -> None:
+        all_gather_single(gathered, mine, group=self.group)
+
+    def exchange(
+        self, arrived: torch.Tensor, sent: torch.Tensor, recv_counts: list[int], send_counts: list[int]
+    ) -> None:
+        dist.all_to_all_single(arrived, sent, recv_counts, send_counts, group=self.group)
+
+    def close(self) -> None:
+        dist.destroy_process_group(self.group)
+
+
 class PerChoice(Permuted):
     """What is written first: a row for each (token, choice) both ways, summed by chunks of float32 ``bmm``."""
 
