@@ -56,7 +56,6 @@ void launch_combine_receive(Endpoint& e, Address out, Address codes, Address los
 
 void bind_cuda(py::module_& m, py::class_<Endpoint, std::shared_ptr<Endpoint>>& endpoint) {
   m.attr("device_rank_bytes") = sizeof(device::DeviceRank);
-  m.attr("device_handle_bytes") = sizeof(DeviceHandle);
   m.def("set_stream", &cuda::set_stream);
   // The launches return before their kernels run; without a GPU, with the twin, after.
   using Unlocked = py::call_guard<py::gil_scoped_release>;
