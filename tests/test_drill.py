@@ -45,6 +45,8 @@ DRILLS = {
     ],
     "cuda-host, rejoin": ["--kill", "1@5", "--rejoin", "1@10", "--backend", "cuda-host,cpu"],
     "rejoin on cuda-host": ["--kill", "1@5", "--rejoin", "1@10", "--backend", "cpu,cuda-host"],
+    # Red without the wait at the last step start: the steps are over before the process has found its members.
+    "rejoin in the last step": ["--kill", "1@5", "--rejoin", "1@19"],
     "cuda-host, cut": ["--cut", "1-2@10", *QUICK, "--backend", "cuda-host,cpu"],
     "cuda-host, long stop": ["--stop", "1@10:900", *QUICK, "--backend", "cpu,cuda-host"],
     "no tokens": ["--tokens", "0", "--kill", "1@10"],

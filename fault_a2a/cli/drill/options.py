@@ -94,6 +94,11 @@ class Drill:
         )
 
     @property
+    def has_newcomers(self) -> bool:
+        """Some process joins while the group runs."""
+        return any(fault.kind == "rejoin" for fault in self.faults)
+
+    @property
     def longest_wait_ms(self) -> int:
         """How long at most nothing may be heard from any rank while all is as it should be."""
         timeouts = self.silence_ms + self.stall_ms + self.link_ms + self.settle_ms + self.agreement_timeout_ms

@@ -22,7 +22,7 @@ import torch.distributed
 
 from fault_a2a._core import core
 from fault_a2a.cli.drill.rank import GROUP_NAME, Pipes, Work, run_rank
-from fault_a2a.cli.drill.story import DEAD, ENDED, FAILED, FINISHED, STOPPED, FaultStory, RankStory, Story
+from fault_a2a.cli.drill.story import DEAD, ENDED, FAILED, FINISHED, STARTING, STOPPED, FaultStory, RankStory, Story
 from fault_a2a.group import Group
 
 _LOOK_S = 0.02  # how often the parent looks at its children while no message comes
@@ -132,6 +132,7 @@ class _Parent:
             if core.now_ns() - quiet_since_ns > patience_ns:
                 self._give_up(patience_ns)
                 break
+            self._let_end()
             self._end_together()
             self.screen.refresh(self.story, core.now_ns())
         self.story.ended_ns = core.now_ns()
@@ -312,6 +313,15 @@ class _Parent:
         return next((one for one in told if not one.happened), None)
 
     # -- the end -----------------------------------------------------------------------------------------------------
+
+    def _let_end(self) -> None:
+        """Ranks that wait at their last step start go on once no newcomer is on its way."""
+        if self.newcomers or any(one.alive and one.state == STARTING for one in self.story.ranks):
+            return
+        for one in self.story.ranks:
+            if one.waits:
+                one.waits = False
+                self._order(one, "last")
 
     def _end_together(self) -> None:
         """Finished ranks wait until all have ended, so that no leave is taken for a fault."""

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import random
+import select
 import signal
 import sys
 import threading
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 GROUP_NAME = "drill"
 SETTLE_S = 10.0  # for the last view changes, once all steps are done
 LIVE_POLL_S = 0.1
+_LAST_START_LOOK_S = 0.001  # between two looks of a rank that waits at its last step start
 FIRST_ROUND = 1  # of step 0; round 0 is construction's
 _PR_SET_PDEATHSIG = 1
 
@@ -62,6 +64,10 @@ class Pipes:
         with self._lock:
             while line:
                 line = line[os.write(self._told_fd, line) :]
+
+    def has_order(self) -> bool:
+        """The parent's next line is there. Between two orders only: what is read ahead does not show."""
+        return bool(select.select([self._orders], [], [], 0)[0])
 
     def order(self, expected: str) -> str:
         """Waits for the parent's next line, and returns what stands behind ``expected`` in it."""
@@ -159,6 +165,8 @@ class DrillRank:
         x = self.layer.embed(words)
         topk_idx, topk_weights = self.layer.route(x)
         round_number = self.buffer.num_rounds
+        if step == self.drill.steps - 1 and self.drill.has_newcomers:
+            self._wait_for_newcomers()
         self._bring_about_faults(step, round_number)
 
         began_ns = core.now_ns()
@@ -200,6 +208,17 @@ class DrillRank:
                 ("combine", at_ns[2], end_ns, waited[2] - waited[1]),
             ],
         )
+
+    def _wait_for_newcomers(self) -> None:
+        """Comes to the last step start again and again until the parent has no newcomer on its way.
+
+        Small steps are over before a process has found its members, and past the last one nobody lets it in.
+        """
+        self.pipes.tell("waits")
+        while not self.pipes.has_order():
+            self.buffer.begin_step()
+            time.sleep(_LAST_START_LOOK_S)
+        self.pipes.order("last")
 
     def _waited_ns(self) -> int:
         """In which this rank did nothing but wait for peers, since construction."""

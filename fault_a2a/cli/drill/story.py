@@ -86,6 +86,7 @@ class RankStory:
     why: str = ""  # the error it ended with, or what is wrong with a step
     settled: bool = False  # it has completed its steps, and nobody who is in is suspected by it
     told_all: bool = False  # its last message has come
+    waits: bool = False  # at its last step start, for newcomers that are on their way
     exit_status: int | None = None  # as of waitpid
     ended_by_drill: bool = False  # the drill killed it to be rid of it
     last_words: str = ""  # what it wrote to stderr
@@ -156,6 +157,9 @@ class Story:
 
     def _hear_begin(self, story: RankStory, message: Message) -> None:
         pass  # the parent aims by it
+
+    def _hear_waits(self, story: RankStory, message: Message) -> None:
+        story.waits = True
 
     def _hear_step(self, story: RankStory, message: Message) -> list[str]:
         lost_on = {int(rank): count for rank, count in message["lost_on"].items()}
