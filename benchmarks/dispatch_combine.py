@@ -25,6 +25,7 @@ from .machine import ROOT, where_and_when
 from .mpi_team import team_of
 from .options import (
     Library,
+    add_backend_option,
     add_output_options,
     add_shape_options,
     ask_library,
@@ -35,16 +36,17 @@ from .options import (
 from .peers import PEERS, chosen_peers
 from .report import as_text
 from .spread import spread
-from .systems import Copy, FaultA2A, System, copied_bytes_per_round
+from .systems import Copy, FaultA2A, System, copied_bytes_per_round, ours
 from .work import TOLERANCE, Shape
 
-OURS, COPY = "fault_a2a", "memcpy"
+COPY = "memcpy"
 RECORD = ROOT / "benchmarks" / "results" / "dispatch_combine.jsonl"
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="dispatch_combine.py", description=__doc__.splitlines()[0])
     add_shape_options(parser)
+    add_backend_option(parser)
     parser.add_argument("--peers", default="gloo", help=f"comma-separated, of {', '.join(PEERS)}; default gloo")
     parser.add_argument("--iterations", type=whole_number, default=30, help="counted turns of each system (default 30)")
     parser.add_argument("--warm-up", type=whole_number, default=3, help="turns that are not counted (default 3)")
@@ -52,16 +54,23 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     try:
         arguments.peers = chosen_peers(arguments.peers)
-        arguments.library = ask_library(shape_of(arguments), num_teams=2 + len(arguments.peers))
+        num_teams, num_ours = 1 + len(arguments.backends) + len(arguments.peers), len(arguments.backends)
+        library = ask_library(shape_of(arguments), num_teams, num_ours=num_ours, backends=arguments.backends)
+        arguments.library, arguments.backends = library, library.backends
     except ValueError as error:
         parser.error(str(error))
     return arguments
 
 
+def systems_of(arguments: argparse.Namespace) -> dict[str, type[System]]:
+    """By name and in turn: this library with each backend, the peers, and the copy."""
+    return {**ours(arguments.backends), **{name: PEERS[name] for name in arguments.peers}, COPY: Copy}
+
+
 def measure(arguments: argparse.Namespace, watch: Callable[[int], None]) -> dict[str, Any]:
     """The whole record of one run."""
     shape = shape_of(arguments)
-    systems: dict[str, type[System]] = {OURS: FaultA2A, **{name: PEERS[name] for name in arguments.peers}, COPY: Copy}
+    systems = systems_of(arguments)
     began = where_and_when()
     scores = run_contest(
         [team_of(name, system, shape, arguments.seed) for name, system in systems.items()],
@@ -93,7 +102,9 @@ def as_record(
     floor = _floor(shape, library, arguments.seed, copy_score)
     moved_bytes = floor["traffic"]["total_bytes"]
     rows = [_row(score, systems[score.name], shape, moved_bytes, floor["floor_us"]) for score in scores]
-    return {**record, **floor, "rows": rows, "fastest_peer": _fastest_peer(rows)}
+    for row in rows:
+        row["emulated"] = row["backend"] in library.emulated
+    return {**record, **floor, "rows": rows, "fastest_peer": _fastest_peer(rows, len(arguments.backends))}
 
 
 def _floor(shape: Shape, library: Library, seed: int, copy_score: Score) -> dict[str, Any]:
@@ -129,7 +140,7 @@ def _row(score: Score, system: type[System], shape: Shape, moved_bytes: int, low
         "pair_us": None,
         "p95_us": None,
         "num_experts": shape.experts,
-        "recv_format": shape.recv_format if score.name == OURS else "packed",
+        "recv_format": shape.recv_format if issubclass(system, FaultA2A) else "packed",
         "reduce": shape.reduce,
         "correct": not score.failure,
         "failure": score.failure,
@@ -148,14 +159,14 @@ def _row(score: Score, system: type[System], shape: Shape, moved_bytes: int, low
     return row
 
 
-def _fastest_peer(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """Which peer was fastest at the median, and how many times as long as ours its pair took."""
-    ours, *peers = rows
+def _fastest_peer(rows: list[dict[str, Any]], num_ours: int) -> dict[str, Any] | None:
+    """Which peer was fastest at the median, and how many times as long as ours (the first backend's) its pair took."""
+    first, peers = rows[0], rows[num_ours:]
     timed = [row for row in peers if row["pair_us"]]
-    if not timed or not ours["pair_us"]:
+    if not timed or not first["pair_us"]:
         return None
     fastest = min(timed, key=lambda row: row["pair_us"])
-    return {"system": fastest["system"], "times_ours": round(fastest["pair_us"] / ours["pair_us"], 2)}
+    return {"system": fastest["system"], "times_ours": round(fastest["pair_us"] / first["pair_us"], 2)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

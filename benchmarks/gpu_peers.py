@@ -8,50 +8,19 @@ a part of a round ends when the device has done it.
 from __future__ import annotations
 
 import importlib.util
-import os
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from .on_device import OnDevice, missing_device
 from .permuted import ByTorch, process_group
 from .systems import System
 from .work import Batch, Shape, expert_factors, scaled
 
 
-def missing_device() -> str:
-    return "" if torch.cuda.is_available() else "there is no CUDA device here: run it where each rank has a GPU"
-
-
 def _missing_module(name: str, what: str) -> str:
     return "" if importlib.util.find_spec(name) else f"{what} is not installed here ({name} cannot be imported)"
-
-
-class OnDevice:
-    """The device of this process, and the batches that were brought to it."""
-
-    def __init__(self) -> None:
-        self.device = torch.device("cpu")
-        if torch.cuda.is_available():
-            local_rank = int(os.environ.get("LOCAL_RANK", os.environ.get("OMPI_COMM_WORLD_LOCAL_RANK", "-1")))
-            number = local_rank if local_rank >= 0 else dist.get_rank()
-            self.device = torch.device("cuda", number % torch.cuda.device_count())
-            torch.cuda.set_device(self.device)
-        self._brought: dict[int, tuple[Batch, Any]] = {}
-
-    def bring(self, batch: Batch) -> Any:
-        """The tensors of a batch on the device; copied once, so not in a round that counts."""
-        if id(batch) not in self._brought:
-            names = ("x", "topk_idx", "topk_weights")
-            tensors = SimpleNamespace(**{name: getattr(batch, name).to(self.device) for name in names})
-            self._brought[id(batch)] = (batch, tensors)  # with the batch, so that its id stays its own
-        return self._brought[id(batch)][1]
-
-    def finish(self) -> None:
-        """A kernel that was only launched has moved nothing yet."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
 
 
 class Nccl(ByTorch):
@@ -61,7 +30,7 @@ class Nccl(ByTorch):
 
     def __init__(self, shape: Shape, rank: int, store: Any) -> None:
         self.group = process_group("nccl", shape, rank, store)
-        self.on = OnDevice()
+        self.on = OnDevice(rank)
         with self.on.device:
             super().__init__(shape, rank)
 
@@ -94,7 +63,7 @@ class LowLatency(System):
             raise ValueError(f"{self.backend} sends bf16 and sums at the owner; leave out --dtype and --reduce")
         self.shape, self.rank = shape, rank
         self.buffer = self.connect(store)
-        self.on = OnDevice()
+        self.on = OnDevice(rank)
         placement = shape.config().placement_for(shape.ranks)
         local_experts = list(placement.local_experts(rank))
         self.factors = expert_factors(shape)[local_experts].to(self.on.device)

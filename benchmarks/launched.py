@@ -21,13 +21,13 @@ import torch
 import torch.distributed as dist
 
 from .contest import TURN, Score
-from .dispatch_combine import COPY, OURS, as_record
+from .dispatch_combine import as_record, systems_of
 from .machine import where_and_when
 from .mpi import Mpi
 from .options import shape_of
 from .peers import PEERS
 from .permuted import all_gather_single
-from .systems import Copy, FaultA2A, System
+from .systems import System
 from .teams import CHECK, SETTLE, SPLIT
 from .work import NUM_BATCHES, Batch, Shape
 
@@ -226,7 +226,7 @@ def _trouble_of(do: Callable[[], Any]) -> str:
 def measure(launch: Launch, number: int, arguments: argparse.Namespace, watch: Callable[[int], None]) -> dict[str, Any]:
     """The record as ``dispatch_combine.measure`` makes it, on every rank. ``number``: of this contest in the run."""
     shape, meeting = shape_of(arguments), Meeting(launch)
-    systems: dict[str, type[System]] = {OURS: FaultA2A, **{name: PEERS[name] for name in arguments.peers}, COPY: Copy}
+    systems = systems_of(arguments)
     store = _meeting_place(launch)
     began = where_and_when()
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // launch.num_local_ranks))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .machine import ROOT, available_bytes, shared_memory_bytes
-from .systems import Copy
+from .systems import OURS, Copy
 from .teams import in_a_fork
 from .work import DTYPES, Shape
 
@@ -22,6 +22,7 @@ _OPTION_OF_FIELD = {
     "num_topk": "--topk",
     "num_max_tokens_per_rank": "--tokens",
     "placement": "--experts",
+    "backend": "--backend",
 }
 _PROCESS_BYTES = 60 << 20  # what a forked rank with torch has for itself, tensors not counted
 _GIB = 1 << 30
@@ -93,12 +94,21 @@ class Library:
     core: str  # production, hooks or unchecked
     expert_rank: list[int]
     window_bytes: int  # of one rank
+    backends: list[str]
+    emulated: list[str]  # of these: GPU kernels that this machine runs on its CPU
 
 
-def ask_library(shape: Shape, num_teams: int, num_local_ranks: int | None = None, num_ours: int = 1) -> Library:
+def ask_library(
+    shape: Shape,
+    num_teams: int,
+    num_local_ranks: int | None = None,
+    num_ours: int = 1,
+    backends: Sequence[str] = ("cpu",),
+) -> Library:
     """Checks the shape; nothing is started if it cannot be run.
 
-    ``num_local_ranks``: if not all are on this host. ``num_ours``: of the teams, those that have windows.
+    ``num_local_ranks``: if not all are on this host. ``num_ours``: of the teams, those that have windows. ``backends``:
+    of these; ``auto`` becomes what it is here.
 
     Raises:
         ValueError: naming the option, and what to change.
@@ -106,11 +116,18 @@ def ask_library(shape: Shape, num_teams: int, num_local_ranks: int | None = None
 
     def ask() -> dict[str, Any]:
         import fault_a2a
+        from fault_a2a import gpu
         from fault_a2a._core import core
+        from fault_a2a.backends import this_machine
         from fault_a2a.core_fields import window_bytes
 
-        config = shape.config()
+        machine = this_machine()
+        configs = [_config_here(shape, backend, machine) for backend in backends]
+        config = configs[0]
+        is_emulated = {"cuda-host": True, "triton": machine.interprets, "cuda": gpu.has_twin()}
         return {
+            "backends": [one.backend for one in configs],
+            "emulated": [one.backend for one in configs if is_emulated.get(one.backend)],
             "version": fault_a2a.__version__,
             "core": core.__name__.removeprefix("fault_a2a.").removeprefix("_C").removeprefix("_") or "production",
             "expert_rank": list(config.placement_for(shape.ranks).expert_rank),
@@ -123,6 +140,41 @@ def ask_library(shape: Shape, num_teams: int, num_local_ranks: int | None = None
         raise ValueError(_named_by_option(str(error))) from None
     _check_memory(shape, library, num_teams, num_local_ranks or shape.ranks, num_ours)
     return library
+
+
+def _config_here(shape: Shape, backend: str, machine: Any) -> Any:
+    """Its ``Config`` with what runs here. Triton's interpreter does, slowly; CUDA's kernels need a GPU."""
+    from fault_a2a import gpu
+    from fault_a2a.backends import resolved, why_not
+
+    refusal = why_not("cuda", machine) if backend == "cuda" and not gpu.has_twin() else ""
+    if backend == "triton" and not machine.has_triton:
+        refusal = why_not("triton", machine) or "Triton is not installed"
+    if refusal:
+        raise ValueError(f"--backend: {backend} does not run here: {refusal}; leave it out of --backend")
+    return resolved(shape.config(backend), machine)
+
+
+def backends_of(text: str) -> list[str]:
+    known = ("auto", *OURS)
+    names = text.split(",")
+    for name in names:
+        if name not in known:
+            raise argparse.ArgumentTypeError(f"there is no {name!r}; give some of {', '.join(known)}")
+        if names.count(name) > 1:
+            raise argparse.ArgumentTypeError(f"{name!r} is given twice; give it once")
+    return names
+
+
+def add_backend_option(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--backend",
+        dest="backends",
+        type=backends_of,
+        default=["auto"],
+        help=f"whose kernels run this library, side by side in one run: of auto, {', '.join(OURS)} (default auto: cuda "
+        "where it compiles, else triton on a GPU, else cpu)",
+    )
 
 
 def _named_by_option(text: str) -> str:

@@ -69,7 +69,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
                 "both cores from the same sources"
             )
     try:
-        arguments.library = ask_library(shape_of(arguments), num_teams=len(CORES))
+        arguments.library = ask_library(shape_of(arguments), num_teams=len(CORES), num_ours=len(CORES))
     except ValueError as error:
         parser.error(str(error))
     return arguments

@@ -20,6 +20,9 @@ def as_text(record: dict[str, Any]) -> str:
     ]
     lines += [_line(row) for row in record["rows"]]
     lines += ["", *_floor_lines(record)]
+    emulated = [row["system"] for row in record["rows"] if row["emulated"]]
+    if emulated:
+        lines.append(f"{', '.join(emulated)}: GPU kernels emulated on a CPU; their times say nothing of a GPU")
     fastest = record["fastest_peer"]
     if fastest:
         lines.append(

@@ -23,15 +23,23 @@ def task(
     num_warm_up: int,
     seed: int,
     num_local_ranks: int | None = None,
+    backends: Sequence[str] = ("cpu",),
 ) -> argparse.Namespace:
     """One contest, checked before anything is started. ``num_local_ranks``: if not all are on this host.
 
     Raises:
         ValueError: the shape cannot be run here; names the option and what to change.
     """
-    library = ask_library(Shape(**shape), 2 + len(peers), num_local_ranks)
+    num_teams = 1 + len(backends) + len(peers)
+    library = ask_library(Shape(**shape), num_teams, num_local_ranks, num_ours=len(backends), backends=backends)
     return argparse.Namespace(
-        **shape, peers=list(peers), iterations=num_iterations, warm_up=num_warm_up, seed=seed, library=library
+        **shape,
+        peers=list(peers),
+        backends=library.backends,
+        iterations=num_iterations,
+        warm_up=num_warm_up,
+        seed=seed,
+        library=library,
     )
 
 
@@ -77,7 +85,9 @@ def as_markdown(record: dict[str, Any]) -> str:
 
 
 def _table_line(row: dict[str, Any]) -> str:
-    what = [row[key] for key in ("system", "num_ranks", "num_tokens", "hidden", "num_topk", "num_experts", "dtype")]
+    system = row["system"] + (" (emulated on a CPU)" if row["emulated"] else "")
+    sizes = ("num_ranks", "num_tokens", "hidden", "num_topk", "num_experts", "dtype")
+    what = [system, *(row[key] for key in sizes)]
     times = ["no time: " + row["failure"], "", "", "", ""]
     if not row["failure"]:
         times = [f"{row[key]:.0f}" for key in ("dispatch_us", "combine_us", "pair_us", "p95_us")]

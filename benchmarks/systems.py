@@ -1,12 +1,14 @@
-"""What is measured on a rank: the face of a system, this library behind it, and the machine's own copy rate."""
+"""What is measured on a rank: the face of a system, this library with each backend, the machine's own copy rate."""
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from .on_device import OnDevice
 from .work import Batch, Shape, expert_factors, scaled
 
 
@@ -61,15 +63,23 @@ class FaultA2A(System):
         import fault_a2a
 
         self.shape = shape
-        self.buffer = fault_a2a.Buffer(fault_a2a.Group(store, rank, shape.ranks), shape.config())
-        self.factors = expert_factors(shape)[list(self.buffer.placement.local_experts(rank))]
+        # Before the buffer, which is on torch's current device. Where its tensors lie is up to the backend.
+        self.on = OnDevice(rank, on_gpu=self.backend in ("cuda", "triton"))
+        self.buffer = fault_a2a.Buffer(fault_a2a.Group(store, rank, shape.ranks), shape.config(self.backend))
+        self.on.device = self.buffer.device
+        factors = expert_factors(shape)[list(self.buffer.placement.local_experts(rank))]
+        self.factors = factors.to(self.on.device)
         self.outcome: Any = None
 
     def dispatch(self, batch: Batch) -> tuple[Any, Any]:
-        return self.buffer.dispatch(batch.x, batch.topk_idx, batch.topk_weights)
+        tokens = self.on.bring(batch)
+        received = self.buffer.dispatch(tokens.x, tokens.topk_idx, tokens.topk_weights)
+        self.on.finish()
+        return received
 
     def combine(self, received: Any, handle: Any) -> torch.Tensor:
         out, self.outcome = self.buffer.combine(received.x, handle)
+        self.on.finish()
         return out
 
     def apply_factors(self, received: Any) -> None:
@@ -87,6 +97,33 @@ class FaultA2A(System):
 
     def close(self) -> None:
         self.buffer.close()
+
+
+class OnCudaHost(FaultA2A):
+    """CUDA's kernels on this host's twin of their chip: to see that they run, not how fast."""
+
+    backend = "cuda-host"
+
+
+class OnTriton(FaultA2A):
+    """Triton's kernels: on a GPU, or in the interpreter, which says nothing of their speed."""
+
+    backend = "triton"
+
+
+class OnCuda(FaultA2A):
+    """CUDA's kernels on a GPU."""
+
+    backend = "cuda"
+
+
+OURS: dict[str, type[FaultA2A]] = {one.backend: one for one in (FaultA2A, OnCudaHost, OnTriton, OnCuda)}
+
+
+def ours(backends: Sequence[str]) -> dict[str, type[System]]:
+    """This library once with each of ``backends``, by the names of their rows."""
+    names = ["fault_a2a"] if len(backends) == 1 else [f"fault_a2a-{backend}" for backend in backends]
+    return dict(zip(names, (OURS[backend] for backend in backends), strict=True))
 
 
 class Copy(System):

@@ -34,7 +34,7 @@ class Shape:
     def row_bytes(self) -> int:
         return self.hidden * self.torch_dtype.itemsize
 
-    def config(self) -> Any:
+    def config(self, backend: str = "cpu") -> Any:
         """The ``fault_a2a.Config`` of this shape; raises its errors."""
         # Late, like every import of the package here: a team chooses its core after the fork.
         import fault_a2a
@@ -47,6 +47,7 @@ class Shape:
             dtype=self.torch_dtype,
             recv_format=self.recv_format,
             reduce=self.reduce,
+            backend=backend,
         )
 
 

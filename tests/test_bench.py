@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = (
@@ -68,7 +69,8 @@ REFUSED = [
     (("--num-tokens", "8,none"), ("--num-tokens", "'none' is no number from 1 up")),
     (("--ranks", "1000", "--num-experts", "1000"), ("--ranks 1000", "GiB", "give fewer --ranks")),
     (("--dtype", "bf16,int3"), ("--dtype", "'int3'", "bf16, f16, f32")),
-    (("--backend", "tpu"), ("--backend", "'tpu'", "cpu")),
+    (("--backend", "tpu"), ("--backend", "'tpu'", "cpu, cuda-host, triton, cuda")),
+    (("--backend", "cpu,cpu"), ("--backend", "'cpu' is given twice")),
     (("--plot", "pairs.gif"), ("--plot", ".svg")),
 ]
 
@@ -89,6 +91,24 @@ def test_what_cannot_be_run_is_refused_before_anything_is_measured():
         assert all(word in answer for word in (*words, "exit 2")), answer
 
 
+def test_backends_are_measured_side_by_side_and_emulated_ones_are_said_to_be():
+    has_triton = importlib.util.find_spec("triton") is not None
+    backends = ["cpu", "cuda-host", *(["triton"] if has_triton else [])]
+    done = bench(*SMALL, "--num-tokens", "3", "--peers", "gloo", "--backend", ",".join(backends), "--json")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)["rows"]
+    assert [row["system"] for row in rows] == [*(f"fault_a2a-{backend}" for backend in backends), "gloo"]
+    assert [row["backend"] for row in rows] == [*backends, "gloo"] and all(row["correct"] for row in rows)
+    interpreted = ["triton"] if has_triton and not torch.cuda.is_available() else []
+    assert [row["backend"] for row in rows if row["emulated"]] == ["cuda-host", *interpreted]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_cuda_without_a_gpu_is_refused_before_anything_is_measured():
+    done = bench(*SMALL, "--backend", "cuda")
+    assert done.returncode == 2 and "--backend: cuda does not run here: torch finds no GPU" in done.stderr
+
+
 def test_a_wrong_peer_is_said_to_be_wrong_in_the_table_too():
     from benchmarks.sweep import as_markdown
 
@@ -102,7 +122,8 @@ def test_a_wrong_peer_is_said_to_be_wrong_in_the_table_too():
         "load_average_after": [0.0],
     }
     row = dict.fromkeys(["num_ranks", "num_tokens", "hidden", "num_topk", "num_experts", "dtype"], 1)
-    text = as_markdown({"runs": [run], "rows": [{**row, "system": "peer", "failure": "rank 1: wrong answer"}]})
+    row |= {"system": "peer", "emulated": False, "failure": "rank 1: wrong answer"}
+    text = as_markdown({"runs": [run], "rows": [row]})
     assert text.splitlines()[-1].startswith("| peer | 1 |") and "no time: rank 1: wrong answer" in text
 
 

@@ -74,7 +74,7 @@ class WrongBit(systems.FaultA2A):  # within any tolerance
 for planted in (WrongSum, WrongExpert, StaleLater, Dies, OneSlowRank):
     peers.PEERS[planted.__name__] = planted
 if sys.argv[1] == "WrongBit":
-    dispatch_combine.FaultA2A = WrongBit
+    systems.OURS["cpu"] = WrongBit
 sys.exit(dispatch_combine.main(sys.argv[2:]))
 """
 

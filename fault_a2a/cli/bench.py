@@ -11,6 +11,7 @@ from typing import Any
 
 from fault_a2a.cli.pictures import check_picture
 
+_BACKENDS = ("auto", "cpu", "cuda-host", "triton", "cuda")
 _SHAPE = ("ranks", "tokens", "hidden", "topk", "experts", "dtype", "reduce", "recv_format")
 
 
@@ -28,7 +29,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shape.add_argument("--dtype", type=_words("bf16", "f16", "f32"), default=["bf16"], help="bf16, f16, f32")
     shape.add_argument("--reduce", type=_words("owner", "expert"), default=["owner"], help="owner, expert")
     shape.add_argument("--recv-format", type=_words("batched", "packed"), default=["batched"], help="batched, packed")
-    shape.add_argument("--backend", type=_words("cpu"), default=["cpu"], help="where the rows are: cpu")
+    parser.add_argument(
+        "--backend",
+        dest="backends",
+        type=_words(*_BACKENDS),
+        default=["auto"],
+        help=f"whose kernels run this library, side by side in one run: of {', '.join(_BACKENDS)} (default auto: cuda "
+        "where it compiles, else triton on a GPU, else cpu)",
+    )
     parser.add_argument(
         "--peers",
         default="gloo",
@@ -59,7 +67,8 @@ def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         chosen = peers.chosen_peers(args.peers)
         if launch is not None:
             chosen = launched.peers_of(launch, chosen, everybody=args.peers == "all")
-        options = (chosen, args.iterations, args.warm_up, args.seed, launch.num_local_ranks if launch else None)
+        num_local_ranks = launch.num_local_ranks if launch else None
+        options = (chosen, args.iterations, args.warm_up, args.seed, num_local_ranks, args.backends)
         tasks = [sweep.task(shape, *options) for shape in shapes]
     except ValueError as error:
         parser.error(str(error))
@@ -116,9 +125,12 @@ def _numbers(text: str) -> list[int]:
 
 def _words(*known: str) -> Any:
     def words(text: str) -> list[str]:
-        for word in text.split(","):
+        given = text.split(",")
+        for word in given:
             if word not in known:
                 raise argparse.ArgumentTypeError(f"there is no {word!r}; give some of {', '.join(known)}")
-        return text.split(",")
+            if given.count(word) > 1:
+                raise argparse.ArgumentTypeError(f"{word!r} is given twice; give it once")
+        return given
 
     return words
