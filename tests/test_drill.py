@@ -80,6 +80,17 @@ def answers():
     return dict(zip(DRILLS, answers, strict=True))
 
 
+@pytest.fixture(autouse=True)
+def drilled_anew(request):
+    """A test that CI runs once more looks at new drills, and not at the ones that it was red with."""
+    if getattr(request.node, "execution_count", 1) == 1 or "answers" not in request.fixturenames:
+        return
+    answers = request.getfixturevalue("answers")
+    named = request.node.callspec.params["name"] if hasattr(request.node, "callspec") else None
+    names = [named] if named else list(DRILLS)
+    answers.update(zip(names, run_drills([[*SMALL, *DRILLS[name]] for name in names], timeout_s=240), strict=True))
+
+
 @pytest.mark.parametrize("name", DRILLS)
 def test_every_promise_holds(answers, name):
     answer = answers[name]
