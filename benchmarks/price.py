@@ -42,7 +42,7 @@ from .work import Shape
 CHECKED, UNCHECKED, CONTROL = "checked", "unchecked", "control"
 CORES = {CHECKED: "", UNCHECKED: "unchecked", CONTROL: ""}
 MODULES = {CHECKED: "_C", UNCHECKED: "_C_unchecked"}
-LIMIT_PERCENT = 2.0
+LIMIT_PERCENT = 1.0
 NUM_COUNTED_ROUNDS = 10
 Blocks = Sequence[Sequence[float]]  # the turns of each block
 RECORD = ROOT / "benchmarks" / "results" / "price.jsonl"

@@ -111,8 +111,8 @@ def test_a_price_that_is_there_is_found_and_is_red():
 
 
 def test_the_limit_is_held_by_the_lower_bound():
-    assert price.is_within({"low": 2.0, "median": 3.0, "high": 4.0})
-    assert not price.is_within({"low": 2.001, "median": 3.0, "high": 4.0})
+    assert price.is_within({"low": 1.0, "median": 3.0, "high": 4.0})
+    assert not price.is_within({"low": 1.001, "median": 3.0, "high": 4.0})
 
 
 def test_pairs_are_compared_one_by_one():
