@@ -37,6 +37,7 @@ PROGRAMS = {
             *(f"csrc/membership/{name}.cpp" for name in ("consensus", "verdict", "vertex_cover", "host_cut")),
         )
     ),
+    "doors": Program(("tests/native/doors.cpp", "csrc/host/door.cpp", "csrc/host/clock.cpp")),
     # The simulator is its own host; everything above the host is what runs in production, but for the sums of rows.
     "simulate": Program(
         (

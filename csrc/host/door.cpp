@@ -13,11 +13,14 @@
 #include <stdexcept>
 #include <string>
 
+#include "host/clock.hpp"
+
 namespace fa2a {
 
 namespace {
 
 constexpr i64 kPatienceNs = 1000ll * 1000000;  // with a visitor that says nothing
+constexpr i64 kPauseNs = 10ll * 1000000;       // while this process has no number for another file
 
 struct Address {
   sockaddr_un socket{};
@@ -40,6 +43,14 @@ void set_patience(i32 socket, i64 timeout_ns) {
                          static_cast<suseconds_t>(timeout_ns / 1000 % 1000000)};
   setsockopt(socket, SOL_SOCKET, SO_RCVTIMEO, &patience, sizeof patience);
   setsockopt(socket, SOL_SOCKET, SO_SNDTIMEO, &patience, sizeof patience);
+}
+
+// Of the process at the other end. A name in the abstract namespace has no owner and no mode: whoever sees
+// /proc/net/unix can knock, or be there first under a number that it has read on a page.
+bool is_same_user(i32 socket) {
+  ucred other{};
+  socklen_t num_bytes = sizeof other;
+  return getsockopt(socket, SOL_SOCKET, SO_PEERCRED, &other, &num_bytes) == 0 && other.uid == geteuid();
 }
 
 // One message of one byte with room for a file beside it.
@@ -103,13 +114,17 @@ void Door::serve() {
   for (;;) {
     const i32 visitor = accept4(socket_, nullptr, nullptr, SOCK_CLOEXEC);
     if (visitor < 0 && errno == EINVAL) return;
-    if (visitor < 0) continue;  // it left again
+    if (visitor < 0) {
+      if (errno == EMFILE || errno == ENFILE || errno == ENOMEM || errno == ENOBUFS) sleep_ns(kPauseNs);
+      continue;  // it left again, or waits until there is room
+    }
     answer(visitor);
     ::close(visitor);
   }
 }
 
 void Door::answer(i32 visitor) {
+  if (!is_same_user(visitor)) return;
   set_patience(visitor, kPatienceNs);
   i32 what = -1;
   if (recv(visitor, &what, sizeof what, MSG_WAITALL) != sizeof what) return;
@@ -125,7 +140,7 @@ i32 Door::ask(u64 number, i32 what, i64 timeout_ns) noexcept {
   const Address address = address_of(number);
   i32 file = -1;
   if (connect(socket, reinterpret_cast<const sockaddr*>(&address.socket), address.num_bytes) == 0 &&
-      send(socket, &what, sizeof what, MSG_NOSIGNAL) == sizeof what)
+      is_same_user(socket) && send(socket, &what, sizeof what, MSG_NOSIGNAL) == sizeof what)
     file = receive_file(socket);
   ::close(socket);
   return file;

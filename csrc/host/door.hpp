@@ -1,5 +1,5 @@
-// Open files handed to other processes of this host: by a socket with a number for a name and a place in no folder, so
-// that nothing is left behind by whoever ends.
+// Open files handed to other processes of this host, of the same user: by a socket with a number for a name and a place
+// in no folder, so that nothing is left behind by whoever ends.
 #pragma once
 
 #include <functional>
