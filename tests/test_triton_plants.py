@@ -199,9 +199,9 @@ GUARDS: dict[str, tuple[Callable[[], Wrong], tuple[str, ...]]] = {
     "round_compare": (late_rank, ()),
     "epoch_compare": (partial(lied_to, "old_epoch"), ()),
     "combine_count": (partial(lied_to, "combine_count"), ()),
-    "consent": (partial(on, FIRST, partial(scenarios.overtaken, scale=8, num_tokens=4)), ("recheck",)),
-    "recheck": (partial(on, SECOND, partial(scenarios.overtaken, scale=8, num_tokens=4)), ("consent",)),
-    "hold": (partial(on, FIRST, partial(scenarios.running_ahead, scale=20)), ("promise",)),
+    "consent": (partial(on, FIRST, partial(scenarios.overtaken, scale=6, num_tokens=4)), ("recheck",)),
+    "recheck": (partial(on, SECOND, partial(scenarios.overtaken, scale=6, num_tokens=4)), ("consent",)),
+    "hold": (partial(on, FIRST, partial(scenarios.running_ahead, scale=14)), ("promise",)),
     "promise": (promise_in_between, ("hold",)),
     "promise_fence": (partial(promise_in_between, slow_store=True), ()),
     "later_declined": (
@@ -220,6 +220,14 @@ GUARDS: dict[str, tuple[Callable[[], Wrong], tuple[str, ...]]] = {
     "release_word": (closed_while_waiting, ()),
 }
 QUICK = ("view_once", "check_index", "third_round")
+# Half a minute each, of waits that must be longer than interpreted work is on a busy machine.
+LONG = ("later_declined", "mutual_wait", "tick", "gap_restart")
+
+
+def marks_of(guard: str) -> list[pytest.MarkDecorator]:
+    if guard in QUICK:
+        return []
+    return [pytest.mark.exhaustive if guard in LONG else pytest.mark.slow]
 
 
 def found_in(scenario: Callable[[], Wrong], others: tuple[str, ...], *guards: str) -> Wrong:
@@ -243,9 +251,7 @@ def test_every_guard_of_the_other_kernels_is_a_switch() -> None:
     assert asked - not_in_rounds - {"evicted_is_suspect"} == set(GUARDS)  # a view is installed by the host
 
 
-@pytest.mark.parametrize(
-    "guard", [pytest.param(guard, marks=[] if guard in QUICK else pytest.mark.slow) for guard in GUARDS]
-)
+@pytest.mark.parametrize("guard", [pytest.param(guard, marks=marks_of(guard)) for guard in GUARDS])
 def test_guard(guard: str) -> None:
     """Clean with it, red without it."""
     scenario, others = GUARDS[guard]
