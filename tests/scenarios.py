@@ -1,4 +1,6 @@
-"""Accidents on purpose: each scenario returns what went wrong in it, which must be nothing unless a guard is out."""
+"""Accidents on purpose: each scenario returns what went wrong in it, which must be nothing unless a guard is out.
+
+``scale``, where a scenario has it, multiplies its times: some kernels are slow, being interpreted."""
 
 from __future__ import annotations
 
@@ -83,21 +85,21 @@ def one_view_per_round(ranks: VirtualRanks, work: Work, tallies: list[Tally]) ->
     return wrong
 
 
-def overtaken() -> Wrong:
+def overtaken(scale: int = 1, num_tokens: int = 16) -> Wrong:
     """Rank 1 is slow to copy rank 0's rows, and silent for a while: rank 0 gives it up. It beats again, the
     same members are decided anew, the suspicion is lifted; and all that once more. Then rank 0 has the slot again that
     rank 1 still copies."""
-    config = small(silence_ms=120, settle_ms=2000, num_max_tokens_per_rank=16)
+    config = small(silence_ms=120 * scale, settle_ms=2000 * scale, num_max_tokens_per_rank=num_tokens)
     work = SameRouting(config, 2)
     with VirtualRanks(2, config, poison=True) as ranks:
-        ranks.buffers[1].arm("dispatch.copy", 3, "sleep_us", 1_100_000)
+        ranks.buffers[1].arm("dispatch.copy", 3, "sleep_us", 1_100_000 * scale)
 
         def one(buffer: Buffer) -> Tally:
             checker = Checker(buffer, work)
             checker.run(2)
             if buffer.rank == 1:
-                buffer.core.pause_pulse(250)
-                threading.Timer(0.45, buffer.core.pause_pulse, [250]).start()
+                buffer.core.pause_pulse(250 * scale)
+                threading.Timer(0.45 * scale, buffer.core.pause_pulse, [250 * scale]).start()
             return checker.run(8)
 
         tallies = raised(ranks.run(one))
@@ -107,12 +109,12 @@ def overtaken() -> Wrong:
         return wrong
 
 
-def running_ahead() -> Wrong:
+def running_ahead(scale: int = 1) -> Wrong:
     """Rank 1 stands still in round 3. How far does rank 0, which has given it up, run ahead of it?"""
-    config = small(stall_ms=60, settle_ms=60_000)
+    config = small(stall_ms=60 * scale, settle_ms=60_000)
     work = Work(config, 2)
     with VirtualRanks(2, config) as ranks:
-        ranks.buffers[1].arm("dispatch.copy", 3, "sleep_us", 400_000)
+        ranks.buffers[1].arm("dispatch.copy", 3, "sleep_us", 400_000 * scale)
         ahead = [0]
 
         def one(buffer: Buffer) -> Tally:
@@ -219,13 +221,13 @@ def late_rank() -> Wrong:
         return corrupt(tallies) + lost_between_live(ranks, work, tallies, set())
 
 
-def overtaken_rank_catches_up() -> Wrong:
+def overtaken_rank_catches_up(scale: int = 1) -> Wrong:
     """As overtaken, and it must end: the slow rank finds later rounds in its words."""
-    config = small(stall_ms=60, link_ms=60_000, settle_ms=60_000, num_max_tokens_per_rank=16)
+    config = small(stall_ms=60 * scale, link_ms=60_000, settle_ms=60_000, num_max_tokens_per_rank=16)
     work = Work(config, 2)
     with VirtualRanks(2, config) as ranks:
         # Before it waits for round 3's dispatch: by the time it looks, rank 0 has gone on and its words are later ones.
-        ranks.buffers[1].arm("dispatch.wait", 3, "sleep_us", 300_000)
+        ranks.buffers[1].arm("dispatch.wait", 3, "sleep_us", 300_000 * scale)
         ranks.buffers[1].set_timeouts(0, stall_ms=60_000)
         done: dict[int, Tally] = {}
 
@@ -238,7 +240,7 @@ def overtaken_rank_catches_up() -> Wrong:
         ]
         for thread in threads:
             thread.start()
-        threads[1].join(2.5)
+        threads[1].join(2.5 * scale)
         wrong = [] if 1 in done else ["the overtaken rank still waits"]
         for buffer in ranks.buffers:
             buffer.close()
@@ -261,10 +263,10 @@ def late_chunks() -> Wrong:
         return corrupt(tallies) + lost_between_live(ranks, work, tallies, set())
 
 
-def crossed_orders(patience_s: float = 4.0) -> Wrong:
+def crossed_orders(patience_s: float = 4.0, stall_ms: int = 300) -> Wrong:
     """Rank 0 dispatches round r + 1 before it combines round r, rank 1 the other way round: each waits for the other,
     alive and ticking. No call may wait for ever."""
-    config = small(stall_ms=300)
+    config = small(stall_ms=stall_ms)
     work = Work(config, 2)
     with VirtualRanks(2, config) as ranks:
         ended: set[int] = set()
@@ -367,22 +369,22 @@ def foreign_incarnation() -> Wrong:
         ]
 
 
-def waiting_longer_than_a_stall() -> Wrong:
-    """Rank 2's rows reach rank 1 and not rank 0, then it stops as a process does: no beat, no tick, no exit. Rank 0
-    waits for it longer than a stall lasts, and rank 1 waits for rank 0 all that time."""
-    config = small(silence_ms=700, stall_ms=300, num_experts=6)
+def waiting_longer_than_a_stall(scale: int = 1) -> Wrong:
+    """Rank 2's rows reach rank 0 and not rank 1, then it stops as a process does: no beat, no tick, no exit. Rank 1
+    waits for it longer than a stall lasts, and rank 0 waits for rank 1 all that time."""
+    config = small(silence_ms=700 * scale, stall_ms=300 * scale, num_experts=6)
     work = Work(config, 3)
     with VirtualRanks(3, config) as ranks:
         ranks.buffers[0].set_timeouts(2, stall_ms=60_000)
         ranks.buffers[1].set_timeouts(2, stall_ms=60_000)
-        ranks.buffers[2].arm("dispatch.half_signalled", 4, "sleep_us", 1_500_000)
+        ranks.buffers[2].arm("dispatch.half_signalled", 4, "sleep_us", 1_500_000 * scale)
         ranks.buffers[2].arm("dispatch.rows_sent", 4, "sleep_us", 1)
 
         def one(buffer: Buffer) -> Tally:
             checker = Checker(buffer, work)
             checker.run(3)
             if buffer.rank == 2:
-                buffer.core.pause_pulse(1500)
+                buffer.core.pause_pulse(1500 * scale)
             return checker.run(5)
 
         tallies = raised(ranks.run(one))

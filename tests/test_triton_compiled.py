@@ -9,7 +9,9 @@ import pytest
 pytest.importorskip("triton", reason="install triton==3.7.1: requirements-dev.txt has it")
 
 from fault_a2a.cli.main import main
+from fault_a2a.kernels.triton import layout
 from fault_a2a.kernels.triton.compiled import ARCHS, VARIANTS, kernel_rows, ptx_of
+from fault_a2a.kernels.triton.words import SWITCHES
 
 KEYS = {"kernel", "arch", "variant", "registers", "spill_bytes", "shared_bytes"}
 MAX_REGISTERS = 128
@@ -19,6 +21,11 @@ KERNELS = {
     *("open_answers", "return_rows", "count_answers", "reduce_rows", "tell_lost"),
     *("route_tokens", "permute_rows", "unpermute_rows", "sum_rows", "quantize_blocks", "dequantize_blocks"),
 }
+# In which a guard can be out, besides the signal of a combine: "signal" is compiled as a dispatch has it.
+GUARDED = (
+    *("pass_gate", "open_dispatch", "wait_for_words", "take_headers", "rank_rows", "recheck"),
+    *("open_answers", "count_answers"),
+)
 NUM_OF_QUANTISED = 7  # kernels that are listed once more, for rows that are quantised
 
 
@@ -62,6 +69,15 @@ def test_ptx_has_the_scopes_and_rounds_apart() -> None:
     }.items():
         assert all(word in ptx[kernel] for word in words), f"{kernel}: no {words}"
     assert "fma" not in ptx["reduce_rows"] + ptx["sum_rows"]
+
+
+def test_kernels_compile_without_their_guards() -> None:
+    """Kernels compile without them, as the test build would run them on a GPU."""
+    off = sum(layout.GUARDS[guard] for guard in SWITCHES)
+    ptx = ptx_of(GUARDED, off)
+    assert set(ptx) == set(GUARDED)
+    # Which says that the switches reach the compiler; with the guard in it is there, as the test above says.
+    assert "fence.sc.sys" not in ptx["pass_gate"]
 
 
 @pytest.mark.parametrize(("options", "text"), [({"archs": ("75",)}, "archs"), ({"variants": ("fp8",)}, "variants")])

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -56,9 +57,12 @@ def kernel_rows(archs: Sequence[str] = ARCHS, variants: Sequence[str] = VARIANTS
     return rows
 
 
-def ptx_of(kernels: Sequence[str]) -> dict[str, str]:
-    """The PTX of some kernels for one chip, by name; for tests, which ask it about scopes and roundings. Blocks."""
-    return _compiled("ptx", ARCHS[0], VARIANTS[0], *kernels)
+def ptx_of(kernels: Sequence[str], guards_off: int = 0) -> dict[str, str]:
+    """The PTX of some kernels for one chip, by name; for tests, which ask it about scopes and roundings. Blocks.
+
+    ``guards_off``: bits of the guards that are out, as ``layout.GUARDS`` has them; only the test build runs those.
+    """
+    return _compiled("ptx", ARCHS[0], VARIANTS[0], str(guards_off), *kernels)
 
 
 def _compiled(*words: str) -> Any:
@@ -224,17 +228,17 @@ def _row(kernel: Any, arch: str, variant: str, constants: dict[str, Any], at: An
     return {"kernel": f"triton.{name}", "arch": arch, "variant": variant, **used}
 
 
-def _ptx(arch: str, variant: str, names: Sequence[str]) -> dict[str, str]:
+def _ptx(arch: str, variant: str, guards_off: int, names: Sequence[str]) -> dict[str, str]:
     from fault_a2a.kernels.triton.layout import layout_of
 
-    at = layout_of(_fields(variant, is_quantised=False, reduce="owner"))
+    at = replace(layout_of(_fields(variant, is_quantised=False, reduce="owner")), guards_off=guards_off)
     chosen = [(kernel, constants) for kernel, constants in _constants(at) if kernel.fn.__name__ in names]
     return {kernel.fn.__name__: _compile(kernel, arch, constants, at).asm["ptx"] for kernel, constants in chosen}
 
 
 def _main(what: str, arch: str, *words: str) -> None:
     if what == "ptx":
-        print(json.dumps(_ptx(arch, words[0], words[1:])))
+        print(json.dumps(_ptx(arch, words[0], int(words[1]), words[2:])))
     else:
         print(json.dumps(list(_compile_all(arch, words))))
 

@@ -12,6 +12,7 @@ from fault_a2a.kernels.triton.words import (
     ANSWERS,
     BAD,
     CHOICE,
+    CONSENT,
     HEARD,
     INBOUND,
     NUM_PARITIES,
@@ -138,6 +139,8 @@ def open_dispatch(state, page, outbound, lane, words, at: tl.constexpr):
     answer = acquire(load64(cell(lane, rank, INBOUND, at), in_group) + place, in_group)
     # Suspicion takes the wait away, and a new view lifts the suspicion; neither touches this.
     consents = rounds_ahead(answer, round_number - 2) >= 0
+    if CONSENT & at.guards_off:
+        consents = rank >= 0
     store64(cell(lane, rank, OPENED, at), counted(active & ~suspected & consents), in_group)
     store64(cell(lane, rank, HEARD, at), tl.where(active, rank * 0 + WAITING, OUT), in_group)
     store64(cell(lane, rank, SINCE_NS, at), rank * 0, in_group)

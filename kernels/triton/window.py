@@ -21,20 +21,30 @@ from fault_a2a.kernels.triton.words import (
     EPOCH_COMPARE,
     EPOCH_MAX,
     EPOCH_SHIFT,
+    GAP_RESTART,
     HEARD,
+    HOLD,
     INBOUND,
+    INCARNATION,
     KIND_SHIFT,
     LAST_REST_NS,
     LAST_TICK_NS,
     LATE_NS,
+    LATER_DECLINED,
     MAX_LATE_NS,
+    MUTUAL_WAIT,
     NEWEST,
     NUM_PARITIES,
     NUM_VIEWS,
+    ONE_ANSWER,
     PAGE_SENT,
     PHASE_MAX,
     PHASE_SHIFT,
+    PROMISE,
+    PROMISE_FENCE,
+    RECHECK,
     RELEASE,
+    RELEASE_WORD,
     ROUND,
     ROUND_COMPARE,
     ROUND_LIMIT,
@@ -50,6 +60,7 @@ from fault_a2a.kernels.triton.words import (
     SUSPECTS,
     TICK,
     TICK_MAX,
+    TICKS,
     TRUSTED,
     VIEW_ACTIVE,
     VIEW_EPOCH,
@@ -83,6 +94,7 @@ from fault_a2a.kernels.triton.words import (
 PHASE_GATE = constant(NUMBERS["phase_gate"])
 PHASE_DISPATCH_WAIT = constant(NUMBERS["phase_dispatch_wait"])
 PHASE_COMBINE_WAIT = constant(NUMBERS["phase_combine_wait"])
+KIND_COMBINE = constant(NUMBERS["kind_combine_signal"])
 WAITING, PRESENT, OUT = constant(layout.WAITING), constant(layout.PRESENT), constant(layout.OUT)
 DONE, STILL_WAITING, RELEASED = constant(layout.DONE), constant(layout.STILL_WAITING), constant(layout.RELEASED)
 # Planted bugs, for the tests that must find them: see docs/protocol.md.
@@ -120,8 +132,34 @@ def is_open(state, round_number, at: tl.constexpr):
     active = bits_of_ranks(view + VIEW_ACTIVE, rank, in_group)
     suspects = bits_of_ranks(state + SUSPECTS, rank, in_group)
     held = sum_of(tl.where(in_group, active & suspects, 0), 0)
-    # No limit is all bits, which is negative here.
-    return ((limit < 0) | (round_number < limit)) & (held == 0)
+    if HOLD & at.guards_off:
+        held = held * 0
+    return is_below(limit, round_number, at) & (held == 0)
+
+
+@inline
+def is_below(limit, round_number, at: tl.constexpr):
+    """Whether a promise leaves this round free. No limit is all bits, which is negative here."""
+    below = (limit < 0) | (round_number < limit)
+    if PROMISE & at.guards_off:
+        below = limit == limit
+    return below
+
+
+@inline
+def start_round(state, round_number, at: tl.constexpr, has_ptx: tl.constexpr):
+    """The kernel's half of a promise. False where one came in between: this round waits for the next view, or runs
+    under the old one."""
+    if PROMISE_FENCE & at.guards_off:
+        # Without the fence a chip may make the load before the store. The interpreter's atomics never trade places, so
+        # to leave the fence out would show nothing there.
+        limit = acquire(state + ROUND_LIMIT)
+        publish(state + STARTED, round_number + 1)
+    else:
+        publish(state + STARTED, round_number + 1)
+        full_fence(has_ptx)
+        limit = acquire(state + ROUND_LIMIT)
+    return is_below(limit, round_number, at)
 
 
 @inline
@@ -144,7 +182,18 @@ def keep_view(state, inbound, lane, round_number, at: tl.constexpr):
     store64(cell(lane, rank, ACTIVE, at), bits_of_ranks(view + VIEW_ACTIVE, rank, in_group), in_group)
     store64(cell(lane, rank, INBOUND, at), windows, in_group)
     # A partition that belongs to another life of the rank is never read.
-    store64(cell(lane, rank, TRUSTED, at), counted(load64(windows + at.header, in_group) == incarnation), in_group)
+    trusted = load64(windows + at.header, in_group) == incarnation
+    if INCARNATION & at.guards_off:
+        trusted = rank >= 0
+    store64(cell(lane, rank, TRUSTED, at), counted(trusted), in_group)
+
+
+@inline
+def is_time_to_tick(now, last_tick_ns, tick_ns, at: tl.constexpr):
+    is_time = now - last_tick_ns >= tick_ns
+    if TICKS & at.guards_off:
+        is_time = now < now
+    return is_time
 
 
 @kernel
@@ -165,17 +214,14 @@ def pass_gate(
         show(state, page, outbound, tick, round_number, zero + PHASE_GATE, at)
     while (status == STILL_WAITING) & (poll < num_polls):
         if is_open(state, round_number, at):
-            publish(state + STARTED, round_number + 1)
-            full_fence(HAS_PTX)
-            # A promise that came in between: this round waits for the next view, or runs under the old one.
-            limit = acquire(state + ROUND_LIMIT)
-            if (limit < 0) | (round_number < limit):
+            if start_round(state, round_number, at, HAS_PTX):
                 status = zero + DONE
         if status == STILL_WAITING:
-            if acquire(state + RELEASE) != 0:
-                status = zero + RELEASED
+            if RELEASE_WORD & at.guards_off == 0:
+                if acquire(state + RELEASE) != 0:
+                    status = zero + RELEASED
             now = clock(words, base_ns, poll, ns_per_poll, began, HAS_PTX)
-            if now - last_tick_ns >= tick_ns:
+            if is_time_to_tick(now, last_tick_ns, tick_ns, at):
                 last_tick_ns = now
                 tick += 1
                 show(state, page, outbound, tick, round_number, zero + PHASE_GATE, at)
@@ -199,11 +245,13 @@ def read(word, round_number, epoch, trusted, at: tl.constexpr):
     whole = signed_here & (((word >> DECLINED_SHIFT) & 1) == 0) & (((word >> CHUNK_SHIFT) & CHUNK_MAX) == 0)
     same = tl.where(whole, PRESENT, OUT)
     reading = tl.where(ahead < 0, WAITING, tl.where(ahead > 0, OUT, same))
+    if LATER_DECLINED & at.guards_off:
+        reading = tl.where(ahead > 0, WAITING, reading)
     return tl.where(trusted == 1, reading, OUT)
 
 
 @inline
-def excusable(progress, next_round, owed_0, owed_1):
+def excusable(progress, next_round, owed_0, owed_1, at: tl.constexpr):
     """A peer's progress without its tick, where it waits for what I owe: a tick is no excuse before the one waited for.
 
     I owe the answer of a round that is open here (``owed_*``; -1: none), or a dispatch that I have not begun.
@@ -215,6 +263,8 @@ def excusable(progress, next_round, owed_0, owed_1):
         (owed_1 >= 0) & (round_bits == (owed_1 & ROUND_MAX))
     )
     owed = owed | ((phase == PHASE_COMBINE_WAIT) & answers)
+    if MUTUAL_WAIT & at.guards_off:
+        owed = progress != progress
     return tl.where(owed, progress & ~TICK_MAX, progress)
 
 
@@ -223,7 +273,7 @@ def progress_of(lane, waiting, next_round, owed_0, owed_1, at: tl.constexpr):
     """Peers push their progress here, so this reads local memory only."""
     rank = integers(at.ranks_block)
     progress = acquire(load64(cell(lane, rank, INBOUND, at), waiting) + at.progress, waiting)
-    return excusable(progress, next_round, owed_0, owed_1)
+    return excusable(progress, next_round, owed_0, owed_1, at)
 
 
 @inline
@@ -290,7 +340,7 @@ def wait_for_words(
         status = tl.where(first == at.num_ranks, zero + DONE, status)
         now = clock(words, base_ns, poll, ns_per_poll, began, HAS_PTX)
         if status == STILL_WAITING:
-            if PLANT != PLANT_UNBOUNDED:
+            if (PLANT != PLANT_UNBOUNDED) & (RELEASE_WORD & at.guards_off == 0):
                 if (acquire(state + RELEASE) & ENDS_A_WAIT) != 0:
                     status = zero + RELEASED
                     waiting = rank < 0
@@ -308,10 +358,12 @@ def wait_for_words(
             progress = progress_of(lane, waiting, next_round, owed_0, owed_1, at)
             # "slept": I was the one that did, and cannot tell.
             slept = now - last_rest_ns > (timeout_ns >> 2)
+            if GAP_RESTART & at.guards_off:
+                slept = rank < 0
             seen_ns = tl.where(begins | slept | (progress != seen), now, seen_ns)
             seen = tl.where(waiting, progress, seen)
             suspect(state, waiting & (now - seen_ns >= timeout_ns), at)
-            if now - last_tick_ns >= tick_ns:
+            if is_time_to_tick(now, last_tick_ns, tick_ns, at):
                 last_tick_ns = now
                 tick += 1
                 show(state, page, outbound, tick, round_number, zero + PHASE, at)
@@ -349,6 +401,8 @@ def signal(
     round_number = load64(lane_word(lane, ROUND))
     parity = round_number % NUM_PARITIES
     opened = load64(cell(lane, rank, OPENS, at), owed)
+    if (KIND == KIND_COMBINE) & (ONE_ANSWER & at.guards_off != 0):
+        owed = owed & (opened == 1)
     count = load64(cell(lane, rank, COUNTS, at), owed)
     word = signal_word(round_number, load64(lane_word(lane, EPOCH)), count, opened == 0)
     publish(load64(outbound + 8 * rank, owed) + SIGNAL + SIGNAL_STEP * parity, word, owed)
@@ -382,6 +436,8 @@ def recheck(lane, at: tl.constexpr, KEPT: tl.constexpr, SIGNAL: tl.constexpr, SI
     place = SIGNAL + SIGNAL_STEP * (load64(lane_word(lane, ROUND)) % NUM_PARITIES)
     word = acquire(load64(cell(lane, rank, INBOUND, at), is_kept) + place, is_kept)
     torn = is_kept & (word != load64(cell(lane, rank, WORD, at), is_kept))
+    if RECHECK & at.guards_off:
+        torn = rank < 0
     store64(cell(lane, rank, HEARD, at), rank * 0 + OUT, torn)
     store64(cell(lane, rank, KEPT, at), rank * 0, torn)
     store64(lane_word(lane, STATUS), sum_of(counted(torn), 0))

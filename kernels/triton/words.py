@@ -49,9 +49,15 @@ NUM_LANE_WORDS = constant(len(LANE_WORDS))
 TICK, LAST_TICK_NS, LAST_REST_NS, CLOCK_NS = map(constant, range(len(RANK_WORDS)))
 
 # A guard is out where `NAME & at.guards_off` is not 0. These can be; tests/test_triton_plants.py takes each one out.
-SWITCHES = ("view_once", "clamp_count", "check_index", "claims_met", "round_compare", "epoch_compare", "combine_count")
-VIEW_ONCE, CLAMP_COUNT, CHECK_INDEX, CLAIMS_MET = (constant(GUARDS[name]) for name in SWITCHES[:4])
-ROUND_COMPARE, EPOCH_COMPARE, COMBINE_COUNT = (constant(GUARDS[name]) for name in SWITCHES[4:])
+SWITCHES = (
+    "view_once", "clamp_count", "check_index", "claims_met", "round_compare", "epoch_compare", "combine_count",
+    "consent", "recheck", "hold", "promise", "promise_fence", "later_declined", "mutual_wait", "one_answer",
+    "third_round", "tick", "gap_restart", "incarnation", "release_word",
+)  # fmt: skip
+_switches = tuple(constant(GUARDS[name]) for name in SWITCHES)
+VIEW_ONCE, CLAMP_COUNT, CHECK_INDEX, CLAIMS_MET, ROUND_COMPARE, EPOCH_COMPARE, COMBINE_COUNT = _switches[:7]
+CONSENT, RECHECK, HOLD, PROMISE, PROMISE_FENCE, LATER_DECLINED, MUTUAL_WAIT, ONE_ANSWER = _switches[7:15]
+THIRD_ROUND, TICKS, GAP_RESTART, INCARNATION, RELEASE_WORD = _switches[15:]
 
 
 # --- addresses are int64, so that a window is a number in a table; memory of this rank's own
