@@ -44,13 +44,27 @@ def _ms(name: str, default: int, meaning: str, least: int = 1) -> Setting:
     return Setting(name, str(default), meaning, least, MAX_MS)
 
 
-ENABLED = Setting("FAULT_A2A_VLLM", "0", "1: vLLM's nixl_ep backend is served by fault_a2a", choices=("0", "1"))
+ENABLED = Setting(
+    "FAULT_A2A_VLLM", "0", "1: vLLM's nixl_ep backend is served by fault_a2a, and may be called so", choices=("0", "1")
+)
 ON_FAULT_SETTING = Setting(
     "FAULT_A2A_ON_FAULT",
     "report",
     "report: vLLM is told of a fault until it has recovered; serve: a fault is acknowledged at once, and steps go on "
     "with the experts that are left",
     choices=ON_FAULT,
+)
+STEP_STARTS = Setting(
+    "FAULT_A2A_STEP_STARTS",
+    "1",
+    "1: vLLM's workers mark where a step begins, so that ranks can join and come back; 0: they do not",
+    choices=("0", "1"),
+)
+JOIN = Setting(
+    "FAULT_A2A_JOIN",
+    "0",
+    "1, and on a new process only: it takes its rank's place in a group that runs already",
+    choices=("0", "1"),
 )
 METRICS_PORT = Setting(
     "FAULT_A2A_METRICS_PORT",
@@ -73,7 +87,7 @@ TIMEOUTS = {
         "FAULT_A2A_AGREEMENT_TIMEOUT_MS", 10000, "how long a rank without a quorum waits before it suspends itself"
     ),
 }
-ALL = (ENABLED, ON_FAULT_SETTING, METRICS_PORT, *TIMEOUTS.values())
+ALL = (ENABLED, ON_FAULT_SETTING, STEP_STARTS, JOIN, METRICS_PORT, *TIMEOUTS.values())
 
 
 def timeouts() -> dict[str, Any]:
