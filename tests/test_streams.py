@@ -188,7 +188,6 @@ def test_a_death_in_a_prefill(seed: int) -> None:
     prefill_death(seed)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", [5, 20, 30])
+@pytest.mark.parametrize("seed", [20, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (5, 30))])
 def test_a_death_in_a_prefill_of_both_kinds(seed: int) -> None:
     prefill_death(seed, ("cuda-host", "cpu"))
