@@ -74,11 +74,10 @@ def choose(machine: Machine, num_chunks: int = 1) -> str:
 
     Not run on a GPU: it follows what torch, NVRTC and the driver say of one.
 
-    ``num_chunks``: more than one are a stream, which only the CPU's kernels send.
+    ``num_chunks``: more than one are a stream, which Triton's kernels do not send.
     """
-    if num_chunks > 1:
-        return "cpu"
-    return next(backend for backend in ORDER if not why_not(backend, machine))
+    able = [backend for backend in ORDER if num_chunks == 1 or backend != "triton"]
+    return next(backend for backend in able if not why_not(backend, machine))
 
 
 def resolved(config: Config, machine: Machine | None = None) -> Config:

@@ -115,12 +115,12 @@ class Config:
         num_scales: scales of a row; ``None`` for what blocks of 1 x 128 make.
         weights_at: where ``topk_weights`` are applied. ``"owner"``: in the sum; ``"expert"``: by the caller's experts,
             who find them in ``recv.weights``, and the sum leaves them out.
-        backend: what runs this rank's kernels; ranks of a group may differ. ``"cpu"``. For batches that fit into one
-            chunk: ``"cuda"``, a GPU's, with tensors and windows on it, on every rank or on none (not run on a GPU yet);
-            ``"triton"``, Triton's, in its interpreter where there is no GPU (slow: for tests); ``"cuda-host"``, for
-            tests only, the sources of the CUDA kernels, run thread by thread on the CPU. ``"auto"``: whatever runs here
-            best, see ``fault_a2a.backends``; ``buffer.config.backend`` says which. Not the default, since it decides
-            where tensors must lie.
+        backend: what runs this rank's kernels; ranks of a group may differ. ``"cpu"``. ``"cuda"``, a GPU's, with
+            tensors and windows on it, on every rank or on none (not run on a GPU yet); streams of chunks are not
+            captured in a graph. ``"cuda-host"``, for tests only, the sources of the CUDA kernels, run thread by thread
+            on the CPU. ``"triton"``, for batches that fit into one chunk, Triton's, in its interpreter where there is
+            no GPU (slow: for tests). ``"auto"``: whatever runs here best, see ``fault_a2a.backends``;
+            ``buffer.config.backend`` says which. Not the default, since it decides where tensors must lie.
         num_sms: blocks of the CUDA kernels that copy and sum; those that wait have one. ``None``: as many as the device
             has multiprocessors; 2 of ``"cuda-host"``.
             Nothing to ``"cpu"``; ranks may differ.
@@ -278,7 +278,7 @@ class Config:
                 f"num_chunk_tokens: {self.chunk_tokens} tokens of {self.num_topk} choices are more rows than a signal "
                 f"can count; pass at most {MAX_NUM_ROWS_PER_CHUNK // self.num_topk}."
             )
-        if self.backend not in ("cpu", "auto") and self.chunk_tokens < self.num_max_tokens_per_rank:
+        if self.backend == "triton" and self.chunk_tokens < self.num_max_tokens_per_rank:
             raise ValueError(
                 f"backend: {self.backend!r} sends every batch in one chunk, and num_chunk_tokens is "
                 f"{self.chunk_tokens} of {self.num_max_tokens_per_rank} tokens; pass num_chunk_tokens="

@@ -117,6 +117,12 @@ class Halves:
 
     def _captured_dispatch(self, arguments: tuple[int, int, int, bool, int, int]) -> Sent:
         """The handle is the kernels' own: which round it is, they find out at each replay."""
+        if self.config.chunk_tokens < self.config.num_max_tokens_per_rank:
+            raise RuntimeError(
+                f"num_chunk_tokens: {self.config.chunk_tokens} of {self.config.num_max_tokens_per_rank} tokens make a "
+                "stream, which has as many launches as it takes and cannot be captured; capture a Buffer with "
+                f"num_chunk_tokens={self.config.num_max_tokens_per_rank}, or call dispatch outside of the graph"
+            )
         handle = torch.zeros([ops.HANDLE_WORDS], dtype=torch.int64, device=self.device)
         filled = self._received_tensors()
         self.verbs.launch_dispatch_send(*arguments, handle.data_ptr())  # type: ignore[attr-defined]

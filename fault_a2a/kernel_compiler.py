@@ -19,12 +19,15 @@ from pathlib import Path
 
 from fault_a2a import nvrtc
 
-# Of every file its kernels, in the order of a round.
+# Of every file its kernels, in the order of a round; streams have kernels of their own.
 KERNELS = {
     "dispatch.cu": ("dispatch_route", "dispatch_send"),
     "expand.cu": ("dispatch_collect", "dispatch_expand"),
     "combine.cu": ("combine_answer",),
     "reduce.cu": ("combine_gather", "combine_reduce"),
+    "stream_send.cu": ("stream_open_rows", "stream_send_rows", "stream_open_answers", "stream_send_answers"),
+    "stream_expand.cu": ("stream_collect", "stream_expand"),
+    "stream_reduce.cu": ("stream_gather", "stream_reduce"),
 }
 # As `DType` in kernels/verbs.hpp numbers them.
 VARIANTS = {"bfloat16": 0, "float32": 1, "float16": 2}

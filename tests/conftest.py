@@ -1,9 +1,15 @@
 """Settings that all tests share: they run on the core with hooks, the same source with guards that can be switched."""
 
+from __future__ import annotations
+
 import os
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from tests.groups import GroupOf
 
 os.environ.setdefault("FAULT_A2A_CORE", "hooks")
 
@@ -17,3 +23,11 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def group_of(request: pytest.FixtureRequest) -> GroupOf:
+    """Makes the group of a test, on the backends that its parameter names (tests/groups.py)."""
+    from tests.groups import BACKENDS, group_on
+
+    return group_on(BACKENDS[request.param])

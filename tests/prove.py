@@ -79,11 +79,11 @@ def evictions(seed: int) -> dict[str, Any]:
     return scenario(wrong) | {"evictions": num_evictions}
 
 
-def prefill(seed: int) -> dict[str, Any]:
+def prefill(seed: int, *backends: str) -> dict[str, Any]:
     from tests.test_streams import prefill_death
 
     try:
-        prefill_death(seed)
+        prefill_death(seed, backends or ("cpu",))
     except AssertionError as error:
         return scenario([str(error)[:500]])
     return scenario([])
@@ -159,6 +159,12 @@ def jobs() -> list[Job]:
         Job("cascade", "no cascade: compute of 0 to several silence timeouts of 100 ms", 200, cascade),
         Job(
             "prefill", "a death at every chunk position of a stream of 8,192 tokens, every third time two", 48, prefill
+        ),
+        Job(
+            "prefill_kinds",
+            "the same, every other rank on the CUDA kernels' twin",
+            48,
+            lambda seed: prefill(seed, "cuda-host", "cpu"),
         ),
         Job(
             "collective",

@@ -45,9 +45,10 @@ def test_every_machine_has_an_answer_and_every_refusal_a_reason() -> None:
         assert all(why_not(earlier, machine) for earlier in backends.ORDER[: backends.ORDER.index(answer)])
 
 
-def test_a_stream_is_sent_by_the_cpu() -> None:
+def test_a_stream_is_not_sent_by_triton() -> None:
     config = Config(**SIZES, num_chunk_tokens=2, backend="auto")
     assert resolved(config, COHERENT).backend == "cpu"
+    assert resolved(config, changed(compiles_cuda=True)).backend == "cuda"
     whole = dataclasses.replace(config, num_chunk_tokens=4)
     assert resolved(whole, COHERENT).backend == "triton"
     assert resolved(whole, changed(compiles_cuda=True)).backend == "cuda"

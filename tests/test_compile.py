@@ -19,6 +19,7 @@ ALL_KERNELS = [kernel for kernels in KERNELS.values() for kernel in kernels]
 # A block has at most 512 threads, so one of 128 registers a thread fills a multiprocessor; these leave room for two
 # blocks where rows are copied and summed. A kernel that grows past its number has lost something: look before raising.
 MOST_REGISTERS = {"dispatch_send": 128, "combine_answer": 96, "combine_reduce": 80, "dispatch_expand": 72}
+MOST_REGISTERS |= {"stream_send_rows": 128, "stream_expand": 128, "stream_send_answers": 96, "stream_reduce": 96}
 MOST_OF_A_WAITER = 80  # kernels of one block
 
 needs_nvrtc = pytest.mark.skipif(nvrtc.load() is None, reason="no libnvrtc here: pip install nvidia-cuda-nvrtc")

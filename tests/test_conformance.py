@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import pytest
@@ -21,6 +21,7 @@ from fault_a2a.core_fields import phases
 from fault_a2a.errors import ClosedError
 from fault_a2a.rounds import Handle, Outcome, Received
 from fault_a2a.testing.virtual import VirtualRanks
+from tests.groups import BACKENDS, GroupOf, each_on, on_each
 from tests.rig import Checker, Tally, Work, raised, views_agree
 
 Routing = Callable[[Config, int, torch.Tensor, torch.Generator], torch.Tensor]
@@ -220,43 +221,6 @@ def wait_for_view(ranks: VirtualRanks, living: Sequence[int], timeout_s: float =
     while any(ranks.buffers[rank].view.active_ranks != tuple(living) for rank in living):
         assert time.monotonic() < deadline, "the view without the dead rank was not installed"
         time.sleep(0.001)
-
-
-# --- who runs the kernels
-
-BACKENDS = {"cpu": ("cpu",), "cuda-host": ("cuda-host",), "mixed": ("cuda-host", "cpu")}
-
-GroupOf = Callable[[int, Config], VirtualRanks]
-
-
-@pytest.fixture
-def group_of(request: pytest.FixtureRequest) -> GroupOf:
-    """Makes the group of a test: all on the CPU, all on the CUDA kernels' twin, or the two in turn."""
-    return lambda num_ranks, config: VirtualRanks(num_ranks, config, backends=BACKENDS[request.param], poison=True)
-
-
-on_each = pytest.mark.parametrize("group_of", ["cpu", "cuda-host"], indirect=True)
-
-
-def name_of(value: object) -> str:
-    return "-".join(str(part).removeprefix("torch.") for part in value) if isinstance(value, tuple) else str(value)
-
-
-def each_on(backends: Sequence[str], names: str, cases: Iterable[tuple]) -> pytest.MarkDecorator:
-    """Every case on the CPU, every third on each of the others, which take turns; CI's slow job runs them all.
-
-    ``names``: of what a case holds, separated by commas.
-    """
-    runs = [
-        pytest.param(
-            *(backend, *case),
-            marks=[] if backend == "cpu" or number % 3 == turn else pytest.mark.slow,
-            id="-".join([*map(name_of, case), backend]),
-        )
-        for number, case in enumerate(cases)
-        for turn, backend in enumerate(backends)
-    ]
-    return pytest.mark.parametrize(f"group_of,{names}", runs, indirect=["group_of"])
 
 
 # --- the grid

@@ -23,16 +23,17 @@ from fault_a2a._core import core
 from fault_a2a.buffer import Buffer
 from fault_a2a.config import Config
 from fault_a2a.core_fields import phases
-from fault_a2a.errors import ConstructError
+from fault_a2a.errors import ClosedError, ConstructError
 from fault_a2a.rounds import Outcome
 from fault_a2a.testing.virtual import VirtualRanks
 from tests import scenarios
 from tests.drills import run_drills
+from tests.groups import name_of
 from tests.join_scenarios import Steps, all_in, came_at_step_starts, judge_lives, replace_one
 from tests.process_rounds import small as process_config
 from tests.processes import Here
 from tests.rig import Checker, Tally, Work, run_checked
-from tests.test_conformance import FORMATS, RoutedWork, config_of, conform, name_of, wait_for_view
+from tests.test_conformance import FORMATS, RoutedWork, config_of, conform, wait_for_view
 
 pytestmark = pytest.mark.usefixtures("one_thread", "device")
 
@@ -80,6 +81,36 @@ def test_quantised_on_the_way_out(scale_dtype: torch.dtype) -> None:
     with group_of(3, config) as ranks:
         tallies = run_checked(ranks, Work(config, 3, seed=2), 4)
     assert scenarios.corrupt(tallies) == [] and sum(tally.lost for tally in tallies) == 0
+
+
+@pytest.mark.parametrize("formats", FORMATS[::5], ids=name_of)
+def test_streams(formats: tuple) -> None:
+    """Batches longer than a window: launched in pairs until they have ended."""
+    config = config_of(formats, num_max_tokens_per_rank=24, num_chunk_tokens=3)
+    with group_of(3, config) as ranks:
+        tallies = conform(ranks, RoutedWork(config, 3, seed=1))
+    assert sum(tally.lost + tally.unroutable for tally in tallies) == 0 < sum(tally.choices for tally in tallies)
+
+
+@pytest.mark.parametrize("phase", ["dispatch.chunk", "dispatch.chunk_taken", "combine.chunk"])
+def test_one_dies_inside_a_stream(phase: str) -> None:
+    config = config_of(num_max_tokens_per_rank=24, num_chunk_tokens=3, num_experts=8)
+    work = Work(config, 4, seed=3)
+    with group_of(4, config) as ranks:
+        ranks.buffers[1].arm(phase, 3, "crash", skip=4)
+        tallies = run_checked(ranks, work, 5)
+        assert [type(tally.error) for tally in tallies if tally.error] == [ClosedError]
+        wrong = scenarios.corrupt(tallies) + scenarios.one_view_per_round(ranks, work, tallies)
+        assert wrong + scenarios.lost_between_live(ranks, work, tallies, {1}) == []
+
+
+def test_a_stream_is_not_captured(device: str) -> None:
+    config = small(num_chunk_tokens=2)
+    work = Work(config, 1, seed=3)
+    with group_of(1, config) as ranks:
+        with pytest.raises(RuntimeError, match=r"num_chunk_tokens: 2 of 6 tokens make a stream.*cannot be captured"):
+            CapturedRounds(ranks.buffers[0], work, device)
+        assert run_checked(ranks, work, 2)[0].corrupt == []
 
 
 def test_rows_go_through_the_windows_of_the_device() -> None:

@@ -27,6 +27,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 BOTH = ("cuda-host", "cpu")
 
+# A batch in one chunk, and as a stream of three.
+in_chunks = pytest.mark.parametrize("num_chunk_tokens", [6, 2])
+
 
 def small(**changes: object) -> Config:
     fields: dict = {"num_experts": 8, "hidden": 64, "num_topk": 3, "num_max_tokens_per_rank": 6, "settle_ms": 20}
@@ -44,10 +47,16 @@ def planted(*bugs: str) -> Iterator[None]:
 
 
 def run_rounds(
-    seed: int, weak: bool, num_ranks: int = 3, num_rounds: int = 6, num_sms: int | None = None, **extra: object
+    seed: int,
+    weak: bool,
+    num_ranks: int = 3,
+    num_rounds: int = 6,
+    num_sms: int | None = None,
+    num_chunk_tokens: int = 6,
+    **extra: object,
 ) -> Wrong:
     """What went wrong in a few rounds in which nobody fails; also that a call ended with an error."""
-    config = small(num_sms=num_sms)
+    config = small(num_sms=num_sms, num_chunk_tokens=num_chunk_tokens)
     try:
         with VirtualRanks(num_ranks, config, poison=True, twin_seed=seed, twin_weak=weak, **extra) as ranks:
             tallies = run_checked(ranks, Work(config, num_ranks, seed), num_rounds)
@@ -60,27 +69,40 @@ def run_rounds(
 # --- any order of threads, any order of stores
 
 
+@in_chunks
 @pytest.mark.parametrize("seed", range(1, 9))
 @pytest.mark.parametrize("weak", [False, True], ids=["strong", "weak"])
-def test_rounds_in_any_order(seed: int, weak: bool) -> None:
+def test_rounds_in_any_order(seed: int, weak: bool, num_chunk_tokens: int) -> None:
     shapes = [(1, 32), (2, 64), (3, 32), (4, 96)]
     num_sms, num_threads = shapes[seed % len(shapes)]
-    assert run_rounds(seed, weak, num_sms=num_sms, twin_threads=num_threads) == []
+    shape = {"num_sms": num_sms, "twin_threads": num_threads, "num_chunk_tokens": num_chunk_tokens}
+    assert run_rounds(seed, weak, **shape) == []
 
 
-def test_other_blocks_and_threads_than_ranks() -> None:
-    """More ranks than threads: a thread waits for several peers, a warp counts for several."""
-    assert run_rounds(1, weak=True, num_ranks=7, num_rounds=3, twin_threads=32) == []
+@in_chunks
+def test_other_blocks_and_threads_than_ranks(num_chunk_tokens: int) -> None:
+    """More ranks than warps: a warp counts for several."""
+    shape = {"num_ranks": 7, "num_rounds": 3, "twin_threads": 32}
+    assert run_rounds(1, weak=True, num_chunk_tokens=num_chunk_tokens, **shape) == []
+
+
+@in_chunks
+def test_more_ranks_than_threads(num_chunk_tokens: int) -> None:
+    """A thread waits for several peers."""
+    shape = {"num_ranks": 34, "num_rounds": 2, "twin_threads": 32, "num_sms": 1}
+    assert run_rounds(1, weak=False, num_chunk_tokens=num_chunk_tokens, **shape) == []
 
 
 # --- planted bugs: each is found
 
 
+@in_chunks
 @pytest.mark.parametrize("bug", ["no_fence", "relaxed_signal"])
-def test_a_missing_fence_is_found_in_the_weak_mode(bug: str) -> None:
+def test_a_missing_fence_is_found_in_the_weak_mode(bug: str, num_chunk_tokens: int) -> None:
+    run = partial(run_rounds, num_chunk_tokens=num_chunk_tokens)
     with planted(bug):
-        assert any(run_rounds(seed, weak=True) for seed in range(1, 5))
-        assert not run_rounds(1, weak=False), "x86 hides it; if it does not, the weak mode is not what finds it"
+        assert any(run(seed, weak=True) for seed in range(1, 5))
+        assert not run(1, weak=False), "x86 hides it; if it does not, the weak mode is not what finds it"
 
 
 @pytest.mark.parametrize("bug", ["no_barrier", "no_list_barrier"])
@@ -129,14 +151,18 @@ def all_on(*backends: str) -> Iterator[None]:
         yield
 
 
-# Of the others some are the host's business, the same on any backend, and some are about streams.
+# The others are the host's business, the same on any backend.
 GUARDS = {
     **dict.fromkeys(("consent", "recheck", "hold", "later_declined", "round_compare", "third_round"), ("cuda-host",)),
     **dict.fromkeys(("tick", "mutual_wait", "incarnation", "view_once", "evicted_is_suspect"), ("cuda-host",)),
     "release_word": ("cuda-host",),
     # Liars are CPU ranks: rank 1.
     **dict.fromkeys(("epoch_compare", "claims_met", "combine_count", "one_answer"), BOTH),
+    # Of streams.
+    **dict.fromkeys(("chunk_compare", "chunk_consent"), ("cuda-host",)),
 }
+# Those that a stream's kernels ask anew, and for which it has words of its own.
+GUARDS_IN_STREAMS = ("incarnation", "view_once", "later_declined", "epoch_compare", "combine_count", "one_answer")
 
 
 @pytest.mark.parametrize("guard", GUARDS)
@@ -150,20 +176,56 @@ def test_guard(guard: str) -> None:
             assert any(scenario() for _ in range(3))
 
 
-@pytest.mark.parametrize("lie", ["count", "expert", "choice", "num_choices", "twice", "claims"])
+@contextmanager
+def in_streams() -> Iterator[None]:
+    """The groups of tests/scenarios.py send their batches in chunks of two tokens."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scenarios, "small", partial(scenarios.small, num_chunk_tokens=2))
+        yield
+
+
+@pytest.mark.parametrize("guard", GUARDS_IN_STREAMS)
+def test_guard_in_streams(guard: str) -> None:
+    with in_streams():
+        test_guard(guard)
+
+
+LIES = pytest.mark.parametrize("lie", ["count", "expert", "choice", "num_choices", "twice", "claims"])
+
+
+@LIES
 def test_no_number_of_a_liar_is_believed(lie: str) -> None:
     with all_on(*BOTH):
         assert scenarios.lying(lie) == []
 
 
-@pytest.mark.parametrize(("guards", "lie"), [(("clamp_count", "check_index"), "count"), (("check_index",), "expert")])
+@LIES
+def test_no_number_of_a_liar_is_believed_in_streams(lie: str) -> None:
+    with all_on(*BOTH), in_streams():
+        assert scenarios.lying(lie) == []
+
+
+BELIEVED = [(("clamp_count", "check_index"), "count"), (("check_index",), "expert")]
+
+
+@pytest.mark.parametrize(("guards", "lie"), BELIEVED)
 def test_a_number_that_is_believed_does_harm(guards: tuple, lie: str) -> None:
     assert exit_code(partial(believed, guards, lie)) != 0
+
+
+@pytest.mark.parametrize(("guards", "lie"), BELIEVED)
+def test_a_number_that_is_believed_does_harm_in_streams(guards: tuple, lie: str) -> None:
+    assert exit_code(partial(believed_in_streams, guards, lie)) != 0
 
 
 def believed(guards: tuple[str, ...], lie: str) -> Wrong:
     with all_on(*BOTH), without(*guards):
         return scenarios.lying(lie)
+
+
+def believed_in_streams(guards: tuple[str, ...], lie: str) -> Wrong:
+    with in_streams():
+        return believed(guards, lie)
 
 
 # --- formats
@@ -175,29 +237,34 @@ QUANTISED = {
 }
 
 
+@in_chunks
 @pytest.mark.parametrize("backends", [("cuda-host",), BOTH], ids="-".join)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("quantised", QUANTISED)
-def test_quantised_on_the_way_out(backends: tuple, dtype: torch.dtype, quantised: str) -> None:
+def test_quantised_on_the_way_out(backends: tuple, dtype: torch.dtype, quantised: str, num_chunk_tokens: int) -> None:
     """Bit for bit what the CPU makes of a row, in a row with a shorter last block."""
-    config = small(dtype=dtype, hidden=328, recv_format="packed", **QUANTISED[quantised])
+    shape = {"hidden": 328, "recv_format": "packed", "num_chunk_tokens": num_chunk_tokens}
+    config = small(dtype=dtype, **shape, **QUANTISED[quantised])
     with VirtualRanks(2, config, backends=backends, poison=True) as ranks:
         tallies = run_checked(ranks, Work(config, 2, 3), 4)
     assert scenarios.corrupt(tallies) == []
 
 
+@in_chunks
 @pytest.mark.parametrize("reduce", ["owner", "expert"])
-def test_weights_at_the_expert(reduce: str) -> None:
-    config = small(weights_at="expert", reduce=reduce)
+def test_weights_at_the_expert(reduce: str, num_chunk_tokens: int) -> None:
+    config = small(weights_at="expert", reduce=reduce, num_chunk_tokens=num_chunk_tokens)
     with VirtualRanks(3, config, backends=BOTH, poison=True) as ranks:
         tallies = run_checked(ranks, Work(config, 3, 4), 4)
     assert scenarios.corrupt(tallies) == []
 
 
+@in_chunks
 @pytest.mark.parametrize("hidden", [8, 24, 40])
-def test_rows_of_bytes_with_scales(hidden: int) -> None:
+def test_rows_of_bytes_with_scales(hidden: int, num_chunk_tokens: int) -> None:
     """Rows that come quantised: their payload and scales need not be whole words of 16 bytes, nor of 4."""
-    config = small(hidden=hidden, dispatch_dtype=torch.int8, scale_dtype=torch.uint8, num_scales=3)
+    scales_of = {"scale_dtype": torch.uint8, "num_scales": 3}
+    config = small(hidden=hidden, dispatch_dtype=torch.int8, num_chunk_tokens=num_chunk_tokens, **scales_of)
     generator = torch.Generator().manual_seed(5)
     x = torch.randint(-128, 127, (2, 5, hidden), generator=generator, dtype=torch.int8)
     scales = torch.randint(0, 255, (2, 5, 3), generator=generator, dtype=torch.uint8)
@@ -222,16 +289,18 @@ def test_rows_of_bytes_with_scales(hidden: int) -> None:
 # --- halves, and ends of all kinds
 
 
+@in_chunks
 @pytest.mark.parametrize("backends", [("cuda-host",), BOTH], ids="-".join)
-def test_two_rounds_open(backends: tuple) -> None:
-    config = small()
+def test_two_rounds_open(backends: tuple, num_chunk_tokens: int) -> None:
+    config = small(num_chunk_tokens=num_chunk_tokens)
     with VirtualRanks(3, config, backends=backends, poison=True) as ranks:
         tallies = rig.run_two_open(ranks, Work(config, 3, 6), 6)
     assert scenarios.corrupt(tallies) == [] and all(tally.rounds == 6 and not tally.lost for tally in tallies)
 
 
-def test_hooks() -> None:
-    config = small()
+@in_chunks
+def test_hooks(num_chunk_tokens: int) -> None:
+    config = small(num_chunk_tokens=num_chunk_tokens)
     work = Work(config, 2, 7)
     with VirtualRanks(2, config, poison=True) as ranks:
 
@@ -251,10 +320,11 @@ def test_hooks() -> None:
     assert scenarios.corrupt(tallies) == [] and all(tally.rounds == 3 for tally in tallies)
 
 
+@in_chunks
 @pytest.mark.parametrize("received", [False, True])
-def test_abandoned(received: bool) -> None:
+def test_abandoned(received: bool, num_chunk_tokens: int) -> None:
     """Peers are told, get nothing, and go on."""
-    config = small()
+    config = small(num_chunk_tokens=num_chunk_tokens)
     work = Work(config, 3, 8)
     with VirtualRanks(3, config, backends=BOTH, poison=True) as ranks:
 
@@ -277,9 +347,10 @@ def test_abandoned(received: bool) -> None:
     assert sum(tally.lost_by_round[3] + tally.lost_by_round[4] for tally in tallies) == 0
 
 
-def test_small_collectives_between_rounds() -> None:
+@in_chunks
+def test_small_collectives_between_rounds(num_chunk_tokens: int) -> None:
     """They run on the host, and leave what the kernels show of this rank as it should be."""
-    config = small()
+    config = small(num_chunk_tokens=num_chunk_tokens)
     work = Work(config, 3, 9)
     with VirtualRanks(3, config, backends=BOTH, poison=True) as ranks:
         ranks.buffers[1].arm("collective.begin", 1, "sleep_us", 200_000)
@@ -297,9 +368,10 @@ def test_small_collectives_between_rounds() -> None:
     assert scenarios.corrupt(tallies) == [] and not evidence and all(tally.rounds == 3 for tally in tallies)
 
 
-def test_close_ends_a_wait() -> None:
+@in_chunks
+def test_close_ends_a_wait(num_chunk_tokens: int) -> None:
     """Rank 1 never comes to the round; rank 0 is closed from another thread, and leaves its wait."""
-    config = small()
+    config = small(num_chunk_tokens=num_chunk_tokens)
     with VirtualRanks(2, config) as ranks:
         threading.Timer(0.3, ranks.buffers[0].close).start()
         (result,) = ranks.run(lambda buffer: buffer.dispatch(*Work(config, 2).tokens(0, 1)), [0])
@@ -330,8 +402,9 @@ def test_a_round_that_is_ended_leaves_nothing_of_the_one_before() -> None:
     assert (codes == 2).all() and lost.item() == 1 and not out.any()
 
 
-def test_bad_experts_are_refused_before_anything_is_sent() -> None:
-    config = small()
+@in_chunks
+def test_bad_experts_are_refused_before_anything_is_sent(num_chunk_tokens: int) -> None:
+    config = small(num_chunk_tokens=num_chunk_tokens)
     with VirtualRanks(1, config) as ranks:
         (buffer,) = ranks.buffers
         x, _, weights = Work(config, 1).tokens(0, 1)
@@ -343,8 +416,3 @@ def test_bad_experts_are_refused_before_anything_is_sent() -> None:
                 buffer.dispatch(x, bad, weights)
         assert buffer.num_rounds == 1
         assert Checker(buffer, Work(config, 1)).run(2).corrupt == []
-
-
-def test_streams_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"backend: 'cuda-host' sends every batch in one chunk.*num_chunk_tokens=6"):
-        small(num_chunk_tokens=2)

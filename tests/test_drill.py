@@ -43,6 +43,10 @@ DRILLS = {
         *("--kill", "1@6:combine.half_signalled", "--kill", "2@12:dispatch.copy"),
         *("--backend", "cuda-host,cpu", "--reduce", "expert", "--recv-format", "packed"),
     ],
+    "cuda-host with cpu, streams": [
+        *("--tokens", "24", "--chunk-tokens", "4", "--backend", "cuda-host,cpu", "--hidden", "256"),
+        *("--kill", "1@6:combine.chunk", "--kill", "2@12:dispatch.chunk_taken"),
+    ],
     "cuda-host, rejoin": ["--kill", "1@5", "--rejoin", "1@10", "--backend", "cuda-host,cpu"],
     "rejoin on cuda-host": ["--kill", "1@5", "--rejoin", "1@10", "--backend", "cpu,cuda-host"],
     # Red without the wait at the last step start: the steps are over before the process has found its members.
@@ -221,7 +225,6 @@ def test_help_lists_the_phases():
             "kernels for 'rocm' come with a later release; pass cpu or cuda or triton",
         ),
         (["--backend", "cpu,triton", "--chunk-tokens", "2"], "backend: 'triton' sends every batch in one chunk"),
-        (["--backend", "cpu,cuda-host", "--chunk-tokens", "2"], "backend: 'cuda-host' sends every batch in one chunk"),
         (["--hidden", "12"], "hidden: 12 is not a multiple of 8"),
         (["--topk", "40"], "num_topk: 40 is out of range"),
         (["--text", "/nowhere"], "--text /nowhere: No such file"),

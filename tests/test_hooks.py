@@ -12,9 +12,10 @@ from fault_a2a.config import Config
 from fault_a2a.errors import ClosedError, FaultA2AError
 from fault_a2a.rounds import NUM_LANES, Handle, Received
 from fault_a2a.testing.virtual import VirtualRanks
+from tests.groups import name_of
 from tests.rig import Checker, Tally, Work, raised, suspicions_of
 from tests.scenarios import corrupt, lost_between_live, one_view_per_round, small
-from tests.test_conformance import FORMATS, config_of, name_of
+from tests.test_conformance import FORMATS, config_of
 
 
 class HookedChecker(Checker):

@@ -11,8 +11,9 @@ from fault_a2a import reference
 from fault_a2a.buffer import Buffer
 from fault_a2a.config import Config
 from fault_a2a.testing.virtual import VirtualRanks
+from tests.groups import name_of
 from tests.rig import Checker, Work, raised
-from tests.test_conformance import RoutedWork, config_of, conform, name_of
+from tests.test_conformance import RoutedWork, config_of, conform
 
 FP8 = torch.float8_e4m3fn
 

@@ -20,8 +20,9 @@ from fault_a2a.core_fields import phases
 from fault_a2a.errors import ClosedError
 from fault_a2a.reference import combine, same_bits
 from fault_a2a.testing.virtual import VirtualRanks
+from tests.groups import name_of
 from tests.rig import Checker, Tally, Work, raised, run_checked, run_two_open, views_agree
-from tests.test_conformance import FORMATS, RoutedWork, config_of, conform, name_of
+from tests.test_conformance import FORMATS, RoutedWork, config_of, conform
 
 pytest.importorskip("triton", reason="install triton==3.7.1: requirements-dev.txt has it")
 

@@ -63,7 +63,7 @@ class LayerShape:
             dtype=self.dtype,
             dispatch_dtype=torch.float8_e4m3fn if self.quantized else None,
             scale_dtype=scales[self.quantized] if self.quantized else torch.float32,
-            # The GPU's kernels take a batch in one chunk.
+            # On a GPU an engine captures its rounds, and a stream cannot be captured.
             num_chunk_tokens=None if self.backend == "cpu" else self.num_max_tokens,
             backend=self.backend,
             **timeouts,

@@ -7,7 +7,7 @@
 namespace fa2a {
 namespace device {
 
-// In the order of a round; each is the name of a function in a .cu file.
+// In the order of a round, and of a round of streams; each is the name of a function in a .cu file.
 enum class Kernel : u32 {
   dispatch_route,
   dispatch_send,
@@ -15,9 +15,17 @@ enum class Kernel : u32 {
   dispatch_expand,
   combine_answer,
   combine_gather,
-  combine_reduce
+  combine_reduce,
+  stream_open_rows,
+  stream_send_rows,
+  stream_collect,
+  stream_expand,
+  stream_open_answers,
+  stream_send_answers,
+  stream_gather,
+  stream_reduce
 };
-constexpr u32 kNumKernels = 7;
+constexpr u32 kNumKernels = 15;
 
 struct RouteArgs {
   const void* topk_idx;  // [num_tokens, num_topk]
@@ -51,7 +59,7 @@ struct GatherArgs {
 struct ReduceTensors {
   u8* out;    // [num_tokens, hidden]
   u8* codes;  // [num_tokens, num_topk]
-  u8* lost;   // one bool
+  u8* lost;   // one bool; nullptr: a stream was abandoned, and there is no token
   i32 num_tokens;
   const float* topk_weights;  // in place of those of the dispatch; nullptr: those
 };

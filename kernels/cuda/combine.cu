@@ -1,7 +1,7 @@
 // Combine on a GPU, the half that sends: expert rows go back to their owners, and everybody gets an answer.
+#include "kernels/cuda/answers.cuh"
 #include "kernels/cuda/grid.cuh"
 #include "kernels/cuda/machine.cuh"
-#include "kernels/cuda/rows.cuh"
 
 namespace fa2a {
 namespace device {
@@ -11,47 +11,16 @@ struct AnswerShared {
   u32 is_last;
 };
 
-FA2A_DEVICE u8* answer_slot(const DeviceRank& r, const DeviceRound& round, i32 owner, i32 row) {
-  return r.outbound[owner] + r.at.combine_rows[parity_of(round)] + r.at.combine_stride * static_cast<u64>(row);
+// One combine row per choice.
+FA2A_DEVICE void return_choices(DeviceRank& r, const DeviceRound& round, const u8* y, i32 owner) {
+  for (i32 i = block_idx(); i < round.num_choices_from[owner]; i += num_blocks())
+    return_choice(r, round, y, owner, i, i);
 }
 
-FA2A_DEVICE const u8* expert_row(const DeviceRank& r, const AnswerArgs& args, const Received& row) {
-  return args.y + static_cast<u64>(r.shape.hidden_bytes) * static_cast<u64>(row.position);
-}
-
-// One combine row per choice, as the expert wrote it; a block a row.
-FA2A_DEVICE void return_choices(DeviceRank& r, const DeviceRound& round, const AnswerArgs& args, i32 owner) {
-  const Received* received = round.received + static_cast<i64>(owner) * r.received_stride();
-  for (i32 i = block_idx(); i < round.num_choices_from[owner]; i += num_blocks()) {
-    u8* place[1] = {answer_slot(r, round, owner, i)};
-    put_row(place, 1, expert_row(r, args, received[i]), static_cast<u64>(r.shape.hidden_bytes));
-    if (thread_idx() == 0) point(r.host, Point::combine_send_rows, round.round);
-  }
-}
-
-// One combine row per token: this rank's choices of it, weighted and summed here.
-FA2A_DEVICE void return_sums(DeviceRank& r, const DeviceRound& round, const AnswerArgs& args, i32 owner,
-                             RowList& list) {
-  const i32 num_rows = round.num_rows_from[owner];
-  const i32* first_choice = round.first_choice + static_cast<i64>(owner) * r.at.num_dispatch_rows;
-  for (i32 row = block_idx(); row < num_rows; row += num_blocks()) {
-    const i32 first = first_choice[row];
-    const i32 end = row + 1 < num_rows ? first_choice[row + 1] : round.num_choices_from[owner];
-    const Received* received = round.received + static_cast<i64>(owner) * r.received_stride() + first;
-    if (thread_idx() < end - first) {
-      list.rows[thread_idx()] = expert_row(r, args, received[thread_idx()]);
-      list.weights[thread_idx()] = r.weights_at_expert ? 1.0f : received[thread_idx()].weight;
-    }
-    if (thread_idx() == 0) {
-      list.count = end - first;
-      list.factor = 1.0f;
-      list.is_zero = 0;
-    }
-    sync_block();
-    sum_rows<StoreToPeer>(r, answer_slot(r, round, owner, row), list);
-    if (thread_idx() == 0) point(r.host, Point::combine_send_rows, round.round);
-    sync_block();  // the list is made anew
-  }
+// One combine row per token.
+FA2A_DEVICE void return_sums(DeviceRank& r, const DeviceRound& round, const u8* y, i32 owner, RowList& list) {
+  for (i32 row = block_idx(); row < round.num_rows_from[owner]; row += num_blocks())
+    return_sum(r, round, y, owner, row, row, list);
 }
 
 // Tells every active peer, a thread a peer. A source that was not taken, and any suspect, gets `declined`: without it
@@ -101,9 +70,9 @@ FA2A_KERNEL combine_answer(DeviceRank* rank, AnswerArgs args, const DeviceHandle
     if (thread_idx() == 0 && is_suspect(*r.state, owner)) add_rank(round.shunned, owner);
     if (!round.taken.has(owner)) continue;
     if (r.shape.reduce_at_expert)
-      return_sums(r, round, args, owner, shared.list);
+      return_sums(r, round, args.y, owner, shared.list);
     else
-      return_choices(r, round, args, owner);
+      return_choices(r, round, args.y, owner);
   }
   if (!is_last_block(round, shared.is_last)) return;
   if (thread_idx() == 0 && (planted(Plant::view_twice) || !guarded(guard_view_once)))

@@ -51,9 +51,10 @@ FA2A_DEVICE i32 bounded_count(const DeviceRank& r, const DeviceRound& round, i32
   return 0;
 }
 
-FA2A_DEVICE void copy_header(const DeviceRank& r, const DeviceRound& round, i32 src, i32 row) {
+// `slot`: where the row stands in the window.
+FA2A_DEVICE void copy_header(const DeviceRank& r, const DeviceRound& round, i32 src, i32 row, i32 slot) {
   const u8* from =
-      inbound(r, round, src) + r.at.row_headers[parity_of(round)] + r.at.header_stride * static_cast<u64>(row);
+      inbound(r, round, src) + r.at.row_headers[parity_of(round)] + r.at.header_stride * static_cast<u64>(slot);
   u8* to = const_cast<u8*>(header_at(r, round, src, row));
   for (u64 at = 0; at < r.at.header_stride; at += sizeof(Vector16))
     *reinterpret_cast<Vector16*>(to + at) = *reinterpret_cast<const Vector16*>(from + at);
@@ -84,6 +85,12 @@ FA2A_DEVICE i32 rows_before(const u32* rows, i32 row) {
   return count + count_bits(rows[row / 32] & ((1u << (row % 32)) - 1u));
 }
 
+FA2A_DEVICE i32 count_rows(const DeviceRank& r, const u32* rows) {
+  i32 count = 0;
+  for (i32 i = 0; i < r.row_words(); ++i) count += count_bits(rows[i]);
+  return count;
+}
+
 // Where each row's choices begin among those of its source, and whether the source sent what it had claimed; one warp.
 FA2A_DEVICE void count_choices(const DeviceRank& r, DeviceRound& round, i32 src) {
   const i32 num_rows = round.num_rows_from[src];
@@ -93,16 +100,13 @@ FA2A_DEVICE void count_choices(const DeviceRank& r, DeviceRound& round, i32 src)
     const i32 mine = row < num_rows ? num_choices_at(header_at(r, round, src, row)) : 0;
     const i32 prefix = warp_prefix(mine);
     if (row < num_rows)
-      round.first_choice[static_cast<i64>(src) * r.at.num_dispatch_rows + row] = total + prefix - mine;
+      round.first_choice[static_cast<i64>(src) * r.shape.num_max_tokens + row] = total + prefix - mine;
     total += shuffle(prefix, kWarpLanes - 1);
   }
   if (lane() == 0) round.num_choices_from[src] = total;
   bool met = true;
   for (i32 expert = lane(); expert < r.num_local_experts; expert += kWarpLanes) {
-    const u32* rows = rows_of(r, round, src, expert);
-    i32 count = 0;
-    for (i32 i = 0; i < r.row_words(); ++i) count += count_bits(rows[i]);
-    met &= count == round.claims[cell_of(r, src, expert)];
+    met &= count_rows(r, rows_of(r, round, src, expert)) == round.claims[cell_of(r, src, expert)];
   }
   if (!met && guarded(guard_claims_met)) call_bad(round, src);
 }
@@ -132,17 +136,19 @@ FA2A_DEVICE void assign_places(const DeviceRank& r, DeviceRound& round, i32* off
   sync_block();
 }
 
-// What is remembered of each choice of one row, by one thread.
-FA2A_DEVICE void place_row(const DeviceRank& r, DeviceRound& round, i32 src, i32 row) {
+// What is remembered of each choice of one row, by one thread. Of a stream, `before` rows came in the chunks before
+// this one, and have filled the places before `next`.
+template <bool kStreamed>
+FA2A_DEVICE void place_row(const DeviceRank& r, DeviceRound& round, i32 src, i32 row, i32 before) {
   const u8* header = header_at(r, round, src, row);
   const i32 token = reinterpret_cast<const RowHeader*>(header)->src_token;
-  const i64 from = static_cast<i64>(src) * r.at.num_dispatch_rows + row;
+  const i64 from = static_cast<i64>(src) * r.shape.num_max_tokens + before + row;
   Received* received = round.received + static_cast<i64>(src) * r.received_stride() + round.first_choice[from];
   for (i32 i = 0; i < num_choices_at(header); ++i) {
     const RowChoice choice = choices_at(header)[i];
-    const i32 position = round.first[cell_of(r, src, choice.local_expert)] +
+    const i32 position = (kStreamed ? round.next : round.first)[cell_of(r, src, choice.local_expert)] +
                          rows_before(rows_of(r, round, src, choice.local_expert), row);
-    received[i] = {position, choice.local_expert, src, token, choice.choice, choice.weight, row};
+    received[i] = {position, choice.local_expert, src, token, choice.choice, choice.weight, before + row};
   }
 }
 

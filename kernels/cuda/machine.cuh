@@ -57,7 +57,7 @@ class DeviceMachine {
     tick(now);
   }
 
- private:
+ protected:
   // The watcher of lost links is shown one absent word, of the lowest peer that is waited for, until that wait ends:
   // in an order that differs by chance, ranks would accuse one another by chance.
   FA2A_DEVICE void show_word_of(i32 peer, i64 now) {
@@ -67,7 +67,7 @@ class DeviceMachine {
       if (load_relaxed(&r_.state->waiting_since_ns[lower]) != 0) return;
     if (compare_and_swap(&r_.looking, 0, static_cast<u64>(peer) + 1) != 0) return;
     looked_from_ns_ = now;
-    store_relaxed(&r_.state->waiting_word, pack_waiting(kind_, round_, 0));
+    store_relaxed(&r_.state->waiting_word, pack_waiting(kind_, round_, static_cast<u64>(chunk_)));
     store_release(&r_.state->waiting_peer, static_cast<u64>(peer) + 1);
   }
 
@@ -112,6 +112,7 @@ class DeviceMachine {
   u64 round_;
   Phase phase_;
   WordKind kind_;
+  i32 chunk_ = 0;
   i64 began_ns_ = 0;
   i64 last_rest_ns_ = 0;
   i64 looked_from_ns_ = 0;  // 0: the watcher is not shown my word

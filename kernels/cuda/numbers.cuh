@@ -2,6 +2,7 @@
 #pragma once
 
 #include "kernels/cuda/device.cuh"
+#include "kernels/verbs.hpp"
 
 namespace fa2a {
 namespace device {

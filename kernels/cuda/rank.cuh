@@ -13,6 +13,37 @@ namespace device {
 // How far a round has come, kernel by kernel.
 enum class Step : u64 { closed, routed, sent, collected, received, answered, gathered };
 
+// My chunks to one peer.
+struct StreamOut {
+  i32 num_chunks;  // 0: this peer gets nothing in this round
+  i32 next_chunk;
+  i32 num_moving;  // chunks from the next one on that the kernel after this one stores
+  u32 is_open;     // something is still to be sent
+};
+
+// One peer's chunks to me.
+enum class Flow : u32 { silent, flowing, whole, out };  // out: declined, refused or given up
+struct StreamIn {
+  Flow flow;
+  i32 next_chunk;
+  i32 num_rows;           // that have come: dispatch rows, or combine rows
+  i32 num_choices;        // dispatch: of these rows
+  u32 is_moving;          // dispatch: the kernel after this one copies the next chunk
+  i32 moving_rows;        // of that chunk, and their choices
+  i32 moving_choices;     //
+  i32 num_summed;         // combine: rows of tokens that are summed
+  i32 num_told;           // combine: chunks that were given back
+  u64 words[kNumHalves];  // the signals of the chunks that stand in the window
+};
+
+// What a waiting thread has last seen of a peer's progress.
+struct SeenProgress {
+  u64 progress;
+  i64 since_ns;   // it has not changed
+  i64 looked_ns;  // when it was last looked at
+  i64 began_ns;   // the wait
+};
+
 struct DeviceRound {
   u64 step;  // a Step; waits of the other lane read it
   u64 round;
@@ -43,12 +74,25 @@ struct DeviceRound {
   i32* claims;            // [num_ranks, max_local_experts]
   i32* first;             // [num_ranks, max_local_experts]: row of recv.x of its first row
   i32* moved_by;          // [num_ranks, max_local_experts]: how far rows move when gaps are closed
-  i32* first_choice;      // [num_ranks, rows]: choices of the rows before
+  i32* first_choice;      // [num_ranks, num_max_tokens]: choices of the rows before
   i32* num_rows_from;     // [num_ranks]
   i32* num_choices_from;  // [num_ranks]
   u32* is_bad;            // [num_ranks]
-  Received* received;     // [num_ranks, rows * max_choices]
+  Received* received;     // [num_ranks, num_max_tokens * max_choices]
   u64* words;             // [num_ranks]: the signals that were taken
+  // Of streams alone.
+  const u8* x;         // the caller's, until the last chunk is out
+  const u8* scales;    // as x, of rows that come quantised
+  const u8* y;         // the caller's, until the last chunk is back
+  i32* row_tokens;     // [num_ranks, num_max_tokens]: the token of each dispatch row
+  i32* next;           // [num_ranks, max_local_experts]: row of recv.x of its next row
+  StreamOut* out;      // [num_ranks]
+  StreamIn* in;        // [num_ranks]
+  SeenProgress* seen;  // [num_ranks]
+  u32 is_placed;       // every row of the dispatch has its place
+  u32 has_gaps;        // a source failed that had places
+  i32 next_token;      // tokens before it are summed
+  i32 end_token;       // those before this one are summed next
 };
 
 // What a call leaves for the calls that follow it, and for the host: the handle's device memory.
@@ -88,8 +132,10 @@ struct DeviceRank {
 
   FA2A_HD i32 capacity() const { return shape.num_ranks * shape.num_max_tokens; }
   FA2A_HD i32 hidden() const { return shape.hidden_bytes / (dtype == DType::float32 ? 4 : 2); }
+  FA2A_HD bool is_streaming() const { return at.num_halves > 1; }
   FA2A_HD i32 row_words() const { return (at.num_dispatch_rows + 31) / 32; }
-  FA2A_HD i32 received_stride() const { return at.num_dispatch_rows * at.max_choices; }
+  // By source: as many rows as one may send, in however many chunks.
+  FA2A_HD i32 received_stride() const { return shape.num_max_tokens * at.max_choices; }
 };
 
 // Another compiler made the host's half. What both read must lie where both look.
@@ -126,12 +172,18 @@ FA2A_HD void place_round(const DeviceRank& r, DeviceRound& round, Places& places
   places.take(round.claims, cells);
   places.take(round.first, cells);
   places.take(round.moved_by, cells);
-  places.take(round.first_choice, n * rows);
+  places.take(round.first_choice, n * r.shape.num_max_tokens);
   places.take(round.num_rows_from, n);
   places.take(round.num_choices_from, n);
   places.take(round.is_bad, n);
   places.take(round.received, n * r.received_stride());
   places.take(round.words, n);
+  if (!r.is_streaming()) return;
+  places.take(round.row_tokens, n * r.shape.num_max_tokens);
+  places.take(round.next, cells);
+  places.take(round.out, n);
+  places.take(round.in, n);
+  places.take(round.seen, n);
 }
 
 // The bytes behind DeviceRank that it needs.
@@ -147,6 +199,12 @@ FA2A_DEVICE u8* inbound(const DeviceRank& r, const DeviceRound& round, i32 src) 
 }
 FA2A_DEVICE u64* word_at(u8* partition, u64 offset) { return reinterpret_cast<u64*>(partition + offset); }
 FA2A_DEVICE u32 parity_of(const DeviceRound& round) { return static_cast<u32>(round.round % kNumParities); }
+
+// Where row `row` of a stream stands in a window whose halves have `num_rows` rows: chunks take the halves in turn.
+FA2A_DEVICE i32 slot_of(i32 row, i32 num_rows) {
+  const i32 chunk = row / num_rows;
+  return chunk % static_cast<i32>(kNumHalves) * num_rows + row - chunk * num_rows;
+}
 
 // The word of `src` about this round, which it stores into my window.
 FA2A_DEVICE u64 load_signal(const DeviceRank& r, const DeviceRound& round, Verb verb, i32 src) {

@@ -2,7 +2,7 @@
 // last of them looks whether a row moved meanwhile, and says exactly what did not come back.
 #include "kernels/cuda/grid.cuh"
 #include "kernels/cuda/machine.cuh"
-#include "kernels/cuda/rows.cuh"
+#include "kernels/cuda/sums.cuh"
 
 namespace fa2a {
 namespace device {
@@ -59,70 +59,6 @@ struct ReduceShared {
   u32 num_lost;
   u32 num_unroutable;
 };
-
-FA2A_DEVICE Outcome outcome_of(const DeviceRound& round, i32 dst) {
-  if (dst < 0) return Outcome::none;
-  if (!round.active.has(dst)) return Outcome::unroutable;
-  return round.answered.has(dst) ? Outcome::delivered : Outcome::lost;
-}
-
-// float32 sums, each rounded once per choice, so that the order of k is the order of the reference. By one thread.
-FA2A_DEVICE void find_factor(const DeviceRank& r, const DeviceRound& round, const float* weights, i64 first,
-                             RowList& list) {
-  list.factor = 1.0f;
-  list.is_zero = 0;
-  float all = 0.0f, here = 0.0f;
-  bool missing = false;
-  for (i64 i = first; i < first + r.shape.num_topk && r.renormalize; ++i) {
-    const Outcome code = outcome_of(round, round.dst_rank[i]);
-    if (code == Outcome::none) continue;
-    all = add(all, weights[i]);
-    if (code == Outcome::delivered)
-      here = add(here, weights[i]);
-    else
-      missing = true;
-  }
-  if (!missing) return;
-  list.is_zero = here == 0.0f ? 1 : 0;
-  list.factor = divide(all, here);
-}
-
-// The rows of one token, by the first warp, a lane a choice: in the order of the choices, or one a rank by rank.
-FA2A_DEVICE void list_rows(const DeviceRank& r, const DeviceRound& round, i32 token, const ReduceTensors& to,
-                           RowList& list) {
-  const float* weights = to.topk_weights != nullptr ? to.topk_weights : round.weights;
-  const i32 k = r.shape.num_topk;
-  const i64 first = static_cast<i64>(token) * k;
-  const i32 dst = lane() < k ? round.dst_rank[first + lane()] : -1;
-  const Outcome code = outcome_of(round, dst);
-  if (lane() < k) to.codes[first + lane()] = static_cast<u8>(code);
-  bool adds = code == Outcome::delivered;
-  if (r.shape.reduce_at_expert)
-    for (i32 choice = 0; choice < lane() && adds; ++choice) adds = round.dst_rank[first + choice] != dst;
-  const u32 rows = ballot(adds);
-  i32 place = count_bits(rows & lanes_below());
-  if (r.shape.reduce_at_expert) {
-    place = 0;
-    for (i32 choice = 0; choice < k; ++choice)
-      if ((rows >> choice & 1u) != 0 && round.dst_rank[first + choice] < dst) ++place;
-  }
-  if (adds) {
-    const auto row = static_cast<u64>(round.combine_row[first + lane()]);
-    list.rows[place] = inbound(r, round, dst) + r.at.combine_rows[parity_of(round)] + r.at.combine_stride * row;
-    list.weights[place] = r.shape.reduce_at_expert || r.weights_at_expert ? 1.0f : weights[first + lane()];
-  }
-  if (lane() != 0) return;
-  list.count = count_bits(rows);
-  find_factor(r, round, weights, first, list);
-}
-
-FA2A_DEVICE void sum_token(const DeviceRank& r, const DeviceRound& round, i32 token, const ReduceTensors& to,
-                           RowList& list) {
-  if (warp() == 0) list_rows(r, round, token, to, list);
-  sync_block();
-  sum_rows<StoreHere>(r, to.out + static_cast<u64>(r.shape.hidden_bytes) * static_cast<u64>(token), list);
-  sync_block();  // the list is made anew
-}
 
 // A word that moved since it was noted: its writer stored without consent, and its rows may be torn. By the block; true
 // if there was one.
@@ -182,12 +118,13 @@ FA2A_KERNEL combine_reduce(DeviceRank* rank, ReduceTensors to, const DeviceHandl
   DeviceRound& round = *found;
   if (block_idx() == 0 && thread_idx() == 0) point(r.host, Point::combine_reduce, round.round);
   for (i32 token = block_idx(); token < round.num_tokens; token += num_blocks())
-    sum_token(r, round, token, to, shared.list);
+    sum_token</*kStreamed=*/false>(r, round, token, to, shared.list);
   if (!is_last_block(round, shared.is_last)) return;
   // At most once a holder: whoever is withdrawn stays so.
   for (i32 again = 0; again < r.shape.num_ranks; ++again) {
     if (!withdraw_changed_holders(r, round, shared.num_changed)) break;
-    for (i32 token = 0; token < round.num_tokens; ++token) sum_token(r, round, token, to, shared.list);
+    for (i32 token = 0; token < round.num_tokens; ++token)
+      sum_token</*kStreamed=*/false>(r, round, token, to, shared.list);
   }
   count_losses(r, round, to, shared);
   if (thread_idx() == 0) point(r.host, Point::combine_chunk_taken, round.round);

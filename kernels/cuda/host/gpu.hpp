@@ -7,9 +7,10 @@ namespace fa2a {
 namespace cuda {
 
 // As `Kernel` numbers them.
-constexpr const char* kKernelNames[device::kNumKernels] = {"dispatch_route",  "dispatch_send",  "dispatch_collect",
-                                                           "dispatch_expand", "combine_answer", "combine_gather",
-                                                           "combine_reduce"};
+constexpr const char* kKernelNames[device::kNumKernels] = {
+    "dispatch_route", "dispatch_send",       "dispatch_collect",    "dispatch_expand",  "combine_answer",
+    "combine_gather", "combine_reduce",      "stream_open_rows",    "stream_send_rows", "stream_collect",
+    "stream_expand",  "stream_open_answers", "stream_send_answers", "stream_gather",    "stream_reduce"};
 
 // One launch. The arguments are those that `kernel` takes, and are read before `launch` returns.
 struct Launch {

@@ -153,7 +153,9 @@ void Rank::launch_dispatch_send(const DispatchArgs& args, DeviceHandle* handle) 
   const device::RouteArgs route{args.topk_idx, args.idx_is_64_bit, args.topk_weights, args.num_tokens};
   const device::SendArgs send{args.x, args.scales};
   launch(Kernel::dispatch_route, 1, &route, handle);
-  launch(Kernel::dispatch_send, gpu_->num_blocks(), &send, handle);
+  if (!copy_.is_streaming()) return launch(Kernel::dispatch_send, gpu_->num_blocks(), &send, handle);
+  launch(Kernel::stream_open_rows, 1, &send, handle);
+  launch(Kernel::stream_send_rows, gpu_->num_blocks(), &send, handle);
 }
 
 void Rank::launch_dispatch_receive(const ReceiveArgs& args, DeviceHandle* handle) {
@@ -165,6 +167,10 @@ void Rank::launch_dispatch_receive(const ReceiveArgs& args, DeviceHandle* handle
 
 void Rank::launch_combine_send(const CombineArgs& args, DeviceHandle* handle) {
   const device::AnswerArgs answer{args.y, args.abandon};
+  if (copy_.is_streaming()) {
+    launch(Kernel::stream_open_answers, 1, &answer, handle);
+    return launch(Kernel::stream_send_answers, gpu_->num_blocks(), &answer, handle);
+  }
   launch(Kernel::combine_answer, args.abandon ? 1 : gpu_->num_blocks(), &answer, handle);
 }
 
@@ -173,6 +179,25 @@ void Rank::launch_combine_receive(const ReduceArgs& args, i32 num_tokens, Device
   const device::ReduceTensors to{args.out, args.codes, args.lost, num_tokens, args.topk_weights};
   launch(Kernel::combine_gather, 1, &gather, handle);
   launch(Kernel::combine_reduce, gpu_->num_blocks(), &to, handle);
+}
+
+// A stream's receiving half has as many launches as it takes. They go out several pairs at a time, because to look
+// costs a trip to the device and back; those that find the half at its end do nothing.
+template <class Wait, class Move>
+void Rank::launch_stream(u64 round, Step under_way, Kernel wait, const Wait& waits, Kernel move, const Move& moves) {
+  constexpr i32 kNumAhead = 4;
+  DeviceHandle* const handle = handle_of(round);
+  DeviceHandle seen;
+  u64 step = 0;
+  do {
+    for (i32 i = 0; i < kNumAhead; ++i) {
+      launch(wait, 1, &waits, handle);
+      launch(move, gpu_->num_blocks(), &moves, handle);
+    }
+    gpu_->finish();
+    gpu_->download(&step, &rank_->rounds[round % kNumParities].step, sizeof step);
+    gpu_->download(&seen, handle, sizeof seen);
+  } while (step == static_cast<u64>(under_way) && seen.ended == Status::ok && !gpu_->is_stuck());
 }
 
 // What a handle holds once everything that was launched with it is done.
@@ -203,7 +228,13 @@ DispatchResult Rank::dispatch_receive(const ReceiveArgs& args) {
     return result;
   }
   tell_settings();
-  launch_dispatch_receive(args, handle_of(args.round));
+  if (copy_.is_streaming()) {
+    const device::ReceivedTensors out{args.recv_x, args.recv_scales, args.recv_weights, args.num_tokens_per_expert,
+                                      args.offsets};
+    launch_stream(args.round, Step::collected, Kernel::stream_collect, out, Kernel::stream_expand, out);
+  } else {
+    launch_dispatch_receive(args, handle_of(args.round));
+  }
   result.status = finished(handle_of(args.round)).ended;
   if (result.status == Status::ok) result.num_received = copy_.rounds[args.round % kNumParities].num_received;
   return result;
@@ -222,7 +253,12 @@ CombineResult Rank::combine_send(const CombineArgs& args) {
 
 CombineResult Rank::gather(u64 round, const ReduceArgs* args) {
   tell_settings();
-  if (args != nullptr) {
+  if (copy_.is_streaming()) {
+    const device::GatherArgs gather{/*abandon=*/args == nullptr};
+    device::ReduceTensors to{};
+    if (args != nullptr) to = {args->out, args->codes, args->lost, 0, args->topk_weights};
+    launch_stream(round, Step::gathered, Kernel::stream_gather, gather, Kernel::stream_reduce, to);
+  } else if (args != nullptr) {
     launch_combine_receive(*args, c_.rounds[round % kNumParities].num_tokens, handle_of(round));
   } else {
     const device::GatherArgs gather{/*abandon=*/true};

@@ -54,6 +54,9 @@ class Rank {
 
  private:
   void launch(device::Kernel kernel, i32 num_blocks, const void* arguments, device::DeviceHandle* handle);
+  template <class Wait, class Move>
+  void launch_stream(u64 round, device::Step under_way, device::Kernel wait, const Wait& waits, device::Kernel move,
+                     const Move& moves);
   u8* copy_of(const void* host, u64 num_bytes);
   void tell_outbound();
   device::DeviceHandle* handle_of(u64 round) const { return handles_ + round % kNumParities; }

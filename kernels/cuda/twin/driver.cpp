@@ -108,15 +108,23 @@ u64 argument_bytes(device::Kernel kernel) {
     case device::Kernel::dispatch_route:
       return sizeof(device::RouteArgs);
     case device::Kernel::dispatch_send:
+    case device::Kernel::stream_open_rows:
+    case device::Kernel::stream_send_rows:
       return sizeof(device::SendArgs);
     case device::Kernel::dispatch_collect:
     case device::Kernel::dispatch_expand:
+    case device::Kernel::stream_collect:
+    case device::Kernel::stream_expand:
       return sizeof(device::ReceivedTensors);
     case device::Kernel::combine_answer:
+    case device::Kernel::stream_open_answers:
+    case device::Kernel::stream_send_answers:
       return sizeof(device::AnswerArgs);
     case device::Kernel::combine_gather:
+    case device::Kernel::stream_gather:
       return sizeof(device::GatherArgs);
     case device::Kernel::combine_reduce:
+    case device::Kernel::stream_reduce:
       return sizeof(device::ReduceTensors);
   }
   return 0;

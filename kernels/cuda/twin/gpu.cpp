@@ -7,6 +7,9 @@
 #include "kernels/cuda/dispatch.cu"
 #include "kernels/cuda/expand.cu"
 #include "kernels/cuda/reduce.cu"
+#include "kernels/cuda/stream_expand.cu"
+#include "kernels/cuda/stream_reduce.cu"
+#include "kernels/cuda/stream_send.cu"
 #include "kernels/cuda/twin/idle.hpp"
 
 namespace fa2a {
@@ -16,23 +19,43 @@ namespace {
 
 using device::Kernel;
 
+template <class Args, class Function>
+void run_with(Function kernel, const cuda::Launch& launch) {
+  kernel(launch.rank, *static_cast<const Args*>(launch.arguments), launch.handle);
+}
+
 void run_kernel(const cuda::Launch& launch) {
-  const void* args = launch.arguments;
   switch (launch.kernel) {
     case Kernel::dispatch_route:
-      return device::dispatch_route(launch.rank, *static_cast<const device::RouteArgs*>(args), launch.handle);
+      return run_with<device::RouteArgs>(device::dispatch_route, launch);
     case Kernel::dispatch_send:
-      return device::dispatch_send(launch.rank, *static_cast<const device::SendArgs*>(args), launch.handle);
+      return run_with<device::SendArgs>(device::dispatch_send, launch);
     case Kernel::dispatch_collect:
-      return device::dispatch_collect(launch.rank, *static_cast<const device::ReceivedTensors*>(args), launch.handle);
+      return run_with<device::ReceivedTensors>(device::dispatch_collect, launch);
     case Kernel::dispatch_expand:
-      return device::dispatch_expand(launch.rank, *static_cast<const device::ReceivedTensors*>(args), launch.handle);
+      return run_with<device::ReceivedTensors>(device::dispatch_expand, launch);
     case Kernel::combine_answer:
-      return device::combine_answer(launch.rank, *static_cast<const device::AnswerArgs*>(args), launch.handle);
+      return run_with<device::AnswerArgs>(device::combine_answer, launch);
     case Kernel::combine_gather:
-      return device::combine_gather(launch.rank, *static_cast<const device::GatherArgs*>(args), launch.handle);
+      return run_with<device::GatherArgs>(device::combine_gather, launch);
     case Kernel::combine_reduce:
-      return device::combine_reduce(launch.rank, *static_cast<const device::ReduceTensors*>(args), launch.handle);
+      return run_with<device::ReduceTensors>(device::combine_reduce, launch);
+    case Kernel::stream_open_rows:
+      return run_with<device::SendArgs>(device::stream_open_rows, launch);
+    case Kernel::stream_send_rows:
+      return run_with<device::SendArgs>(device::stream_send_rows, launch);
+    case Kernel::stream_collect:
+      return run_with<device::ReceivedTensors>(device::stream_collect, launch);
+    case Kernel::stream_expand:
+      return run_with<device::ReceivedTensors>(device::stream_expand, launch);
+    case Kernel::stream_open_answers:
+      return run_with<device::AnswerArgs>(device::stream_open_answers, launch);
+    case Kernel::stream_send_answers:
+      return run_with<device::AnswerArgs>(device::stream_send_answers, launch);
+    case Kernel::stream_gather:
+      return run_with<device::GatherArgs>(device::stream_gather, launch);
+    case Kernel::stream_reduce:
+      return run_with<device::ReduceTensors>(device::stream_reduce, launch);
   }
 }
 
