@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
+from fault_a2a.config import Config
 from fault_a2a.group import Group
+from fault_a2a.joins import tell_life
 from fault_a2a.membership import Evidence, View
 from fault_a2a.rounds import Verbs
 
@@ -16,6 +20,7 @@ class Membership:
 
     core: Any
     verbs: Verbs
+    config: Config
     group: Group
     _callbacks: list[Callable[[View], None]]
     _closed: bool
@@ -93,6 +98,27 @@ class Membership:
         self._finalizer.detach()
         self._begin_life(join=True)
         return self.view
+
+    def be_found_at(self, store: Any, name: str) -> None:
+        """From now on newcomers find this rank on ``store``, in a group of that name. Not collective; does not block.
+
+        For engines whose ranks meet on another store whenever their number changes. A newcomer finds the group on a
+        store on which every member has called this.
+
+        Args:
+            store: a ``torch.distributed`` store.
+            name: as in ``Group``.
+
+        Raises:
+            RuntimeError: the ranks of this group are virtual; or the store cannot be reached.
+        """
+        self._check_open()
+        if self.group.fabric is not None:
+            raise RuntimeError("be_found_at: nobody can join virtual ranks; give a Group of processes")
+        self.group = replace(self.group, store=store, name=name)
+        tell_life(
+            self.group, self.core, os.getpid(), self.config.compared(self.config.num_ranks_for(self.group.num_ranks))
+        )
 
     def close(self) -> None:
         """See ``Buffer``."""

@@ -69,7 +69,7 @@ class Buffer:
     def low_latency_clean_mask_buffer(self) -> None:
         """Lifts what ``low_latency_update_mask_buffer`` set. Who is gone stays masked: nobody there could answer."""
         self._buffers.masked.clear()
-        self._buffers.alone = False
+        self._buffers.warms_up = False
         self._buffers.acknowledge()
 
     def clean_low_latency_buffer(self, num_max_dispatch_tokens_per_rank: int, hidden: int, num_experts: int) -> None:

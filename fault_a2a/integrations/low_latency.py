@@ -112,7 +112,7 @@ def set_masked(buffers: RankBuffers, rank: int, masked: bool) -> None:
         buffers.masked.add(rank)
     else:
         buffers.masked.discard(rank)
-    buffers.alone = len(buffers.masked - {buffers.rank}) == buffers.num_ranks - 1 and buffers.num_ranks > 1
+    buffers.warms_up = len(buffers.masked - {buffers.rank}) == buffers.num_ranks - 1 and buffers.num_ranks > 1
 
 
 def no_stats(**tensors: Any) -> None:

@@ -91,7 +91,7 @@ class Buffer:
     def clean_mask_buffer(self) -> None:
         """Lifts what ``update_mask_buffer`` set. Who is gone stays masked: there is nobody who could answer."""
         self._made.masked.clear()
-        self._made.alone = False
+        self._made.warms_up = False
         self._made.acknowledge()
 
     def get_local_buffer_tensor(self, dtype: torch.dtype, size: Any = None, **unused: Any) -> torch.Tensor:

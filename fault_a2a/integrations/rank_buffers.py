@@ -8,6 +8,7 @@ counts as gone here as soon as it is gone from any of them.
 from __future__ import annotations
 
 import threading
+import time
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,13 +17,16 @@ import torch.distributed as dist
 
 from fault_a2a.buffer import Buffer
 from fault_a2a.config import DEFAULT_CHUNK_TOKENS, Config
+from fault_a2a.errors import ConstructError
 from fault_a2a.group import Group, as_group
+from fault_a2a.integrations import notices
 from fault_a2a.rounds import Handle, Outcome, Received, RecvHook
 from fault_a2a.testing.virtual import LocalFabric
 
 # Patience with a rank that is meant to go. Not one millisecond: a waiting rank looks up every eighth of it, and takes a
 # look that comes late by a quarter for its own sleep, after which it starts to count anew.
 LEAVING_STALL_MS = 200
+_LOOK_S = 0.002  # between two looks for a rank that is expected
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,12 @@ class LayerShape:
     dtype: torch.dtype
     quantized: str = ""
     backend: str = "cpu"
+
+    @property
+    def name(self) -> str:
+        """The same on every rank, whatever its kernels run on, and different from any other shape's."""
+        sizes = f"{self.hidden}x{self.num_local_experts}x{self.num_topk}x{self.num_max_tokens}"
+        return f"{sizes}-{str(self.dtype).removeprefix('torch.')}-{self.quantized or 'as-is'}"
 
     def config(self, num_ranks: int, **timeouts: Any) -> Config:
         scales = {"float32": torch.float32, "ue8m0": torch.int32}
@@ -86,18 +96,36 @@ class OpenLayer:
         return outcome, self.buffers.closing(self, outcome, hook)
 
 
+@dataclass(frozen=True)
+class Expected:
+    """A new life of ``rank``, which is to come into ``buffer``. ``former``: the life before, 0 for none."""
+
+    buffer: Buffer
+    rank: int
+    former: int
+
+    @property
+    def is_in(self) -> bool:
+        return self.buffer.view.incarnations[self.rank] != self.former
+
+
 class RankBuffers:
     """Every buffer of this rank in one group.
 
     Args:
         group: what ``fault_a2a.Buffer`` takes.
+        max_num_ranks: ranks that there is to be room for; ``None``: as many as the group has. The same on every rank.
+        joins: the group runs already, and this process takes the place of its rank in it, at its first
+            ``begin_step``. Until then its layers run alone.
         timeouts: fields of ``Config``.
     """
 
-    def __init__(self, group: Any, **timeouts: Any) -> None:
+    def __init__(self, group: Any, *, max_num_ranks: int | None = None, joins: bool = False, **timeouts: Any) -> None:
         self.group: Group = as_group(group)
+        self.num_ranks = max_num_ranks or self.group.num_ranks
         self.timeouts = timeouts
-        self.alone = False  # rounds stay on this rank while others are not there yet, or not any more
+        self.joins = joins
+        self.warms_up = False  # rounds stay on this rank while others are not there yet, or not any more
         self.masked: set[int] = set()  # ranks that this rank sends no choices to, at its caller's wish
         self.open_layers: list[OpenLayer] = []
         self.newest_outcome: Outcome | None = None  # of the round that was combined last: what an engine may replay
@@ -106,6 +134,10 @@ class RankBuffers:
         self._acknowledged: set[int] = set()  # ranks whose going is no news
         self._left_out: set[int] = set()
         self._acknowledged_lost = 0
+        self._expected: list[Expected] = []
+        self._lives: dict[Buffer, tuple[int, ...]] = {}  # of all ranks, at the newest step start
+        self._comes_back = False  # this rank was left out, and has told the others that it will be back
+        self._asks_who_returns = False
         self._lock = threading.RLock()
 
     @property
@@ -113,8 +145,9 @@ class RankBuffers:
         return self.group.rank
 
     @property
-    def num_ranks(self) -> int:
-        return self.group.num_ranks
+    def alone(self) -> bool:
+        """Do layers run on this rank's own experts only, and send nothing?"""
+        return self.warms_up or self.joins
 
     @property
     def device(self) -> torch.device:
@@ -136,11 +169,20 @@ class RankBuffers:
         with self._lock:
             made = self._buffers.get(shape)
             if made is None:
-                made = Buffer(self.group, shape.config(self.num_ranks, **self.timeouts))
+                made = Buffer(self._group_of(shape), self._config_of(shape))
                 self._buffers[shape] = made
+                self._lives[made] = made.view.incarnations
                 for rank in self._left_out:
                     made.set_timeouts(rank, stall_ms=LEAVING_STALL_MS)
+                notices.tell_running(self.group, self.num_ranks, self._buffers)
             return made
+
+    def _group_of(self, shape: LayerShape) -> Group:
+        # A name of its own for each: whoever joins must find this buffer, and not the newest of them all.
+        return replace(self.group, name=f"{self.group.name}/{shape.name}")
+
+    def _config_of(self, shape: LayerShape) -> Config:
+        return shape.config(self.num_ranks, max_num_ranks=self.num_ranks, **self.timeouts)
 
     # -- rounds --------------------------------------------------------------------------------------------------------
 
@@ -150,6 +192,12 @@ class RankBuffers:
         """Sends the rows of a layer; the hook receives. Blocks and raises as ``Buffer.dispatch`` with a hook does."""
         order = None
         if self.alone:
+            if x.is_cuda and torch.cuda.is_current_stream_capturing():
+                # Its replays would go on running alone, and nothing would tell.
+                raise NotImplementedError(
+                    "a graph that is captured while this rank runs alone would never reach the others; start a rank "
+                    "that joins later without graphs (--enforce-eager)"
+                )
             buffer = self._buffer_alone(shape)
             topk_idx, order = self._mine(shape, topk_idx)
             topk_weights = topk_weights.gather(1, order)
@@ -170,7 +218,8 @@ class RankBuffers:
         """
         abandoned, self.open_layers = self.open_layers, []
         for opened in abandoned:
-            opened.handle.buffer.abandon(opened.handle)
+            if self._is_in(opened.handle.buffer):  # nobody waits for the answers of a rank that was left out
+                opened.handle.buffer.abandon(opened.handle)
         return len(abandoned)
 
     def closing(self, opened: OpenLayer, outcome: Outcome, hook: RecvHook) -> RecvHook:
@@ -238,7 +287,12 @@ class RankBuffers:
         return newly_gone
 
     def _newly_gone(self) -> list[int]:
-        return [rank for rank, gone in enumerate(self.gone()) if gone and rank not in self._acknowledged]
+        return [rank for rank in self.missing() if rank not in self._acknowledged]
+
+    def missing(self) -> list[int]:
+        """Ranks that are gone, without those that there is only room for."""
+        known = [buffer.view.incarnations for buffer in self.all]
+        return [rank for rank, gone in enumerate(self.gone()) if gone and any(lives[rank] for lives in known)]
 
     @property
     def left_out(self) -> list[int]:
@@ -254,6 +308,156 @@ class RankBuffers:
         self._left_out.add(rank)
         for buffer in self.all:
             buffer.set_timeouts(rank, stall_ms=LEAVING_STALL_MS)
+
+    # -- who comes -----------------------------------------------------------------------------------------------------
+
+    def begin_step(self) -> None:
+        """Marks a step start: ranks come, and come back, only here.
+
+        Every rank calls it where no layer is open, at the same place among its layers; calling it twice there does no
+        harm. Costs next to nothing but when somebody comes. Blocks as ``Buffer.begin_step`` does; while ranks are
+        expected until they are in, and on a rank that joins until it is, at most ``construct_timeout_ms``. Not
+        capturable.
+
+        Raises:
+            ConstructError: a rank that was expected did not come, or this one was not let in.
+            RuntimeError, RankEvictedError, QuorumLostError, ClosedError: as ``Buffer.begin_step``.
+        """
+        if self.warms_up:
+            return
+        if self.joins:
+            self._join()
+        if self._asks_who_returns:
+            self._asks_who_returns = False
+            self._expect_returns()
+        for buffer in self.all:
+            if self._comes_back and not self._is_in(buffer):
+                buffer.rejoin()
+            self._begin_step_of(buffer)
+        if self._comes_back:
+            self._comes_back = False
+            self._expect_with_others()
+        if self._expected:
+            self._wait_for_expected()
+
+    def be_found_at(self, group: Any) -> None:
+        """Newcomers look for this rank on the store of ``group`` from now on. Not collective; does not block.
+
+        Raises:
+            ValueError: this rank has another number there.
+        """
+        found_at = as_group(group)
+        if found_at.rank != self.rank:
+            raise ValueError(f"group: rank {self.rank} is {found_at.rank} in it; a rank keeps its number")
+        self.group = found_at
+        for shape, buffer in self._buffers.items():
+            buffer.be_found_at(found_at.store, self._group_of(shape).name)
+        notices.tell_running(self.group, self.num_ranks, self._buffers)
+
+    def expect(self, ranks: list[int]) -> None:
+        """The next ``begin_step`` waits until new lives of ``ranks`` are in, those that are in already excepted.
+
+        For ranks that all others wait for as well, since an engine's other collectives count steps too: called on every
+        member, in the same step.
+        """
+        for buffer in self.all:
+            view = buffer.view
+            wanted = [Expected(buffer, rank, view.incarnations[rank]) for rank in ranks if not view.active_mask[rank]]
+            self._expected += [one for one in wanted if one not in self._expected]
+        names = {id(buffer): shape.name for shape, buffer in self._buffers.items()}
+        told = [(names[id(one.buffer)], one.rank, one.former) for one in self._expected]
+        notices.tell_expected(self.group, told)
+
+    def _expect_with_others(self) -> None:
+        """What a rank does that has come in: it is a member now, at whose step start the next newcomer comes in."""
+        by_name = {shape.name: buffer for shape, buffer in self._buffers.items()}
+        for name, rank, former in sorted(notices.find_expected(self.group, self.num_ranks)):
+            one = Expected(by_name[name], rank, former)
+            if not one.is_in and one not in self._expected:
+                self._expected.append(one)
+
+    def come_back(self) -> None:
+        """After a fault, on every rank that lives: who was left out comes back at the next step start, and the others
+        wait for it there. All must have called this before any of them comes to it.
+        """
+        lost = [buffer for buffer in self.all if not self._is_in(buffer)]
+        if lost:
+            self._comes_back = True
+            notices.tell_return(self.group, [int(buffer.core.incarnation()) for buffer in lost])
+        self._asks_who_returns = True
+
+    def _is_in(self, buffer: Buffer) -> bool:
+        return bool(buffer.views()[-1][0].active_mask[self.rank])
+
+    def _expect_returns(self) -> None:
+        # What a rank told before an earlier return is still there: it speaks of a life that no view knows any more.
+        for rank, lost in notices.find_returns(self.group, self.missing()).items():
+            if any(buffer.view.incarnations[rank] in lost for buffer in self.all):
+                self.expect([rank])
+
+    def _wait_for_expected(self) -> None:
+        deadline = self._deadline()
+        while self._expected:
+            self._expected = [one for one in self._expected if not one.is_in]
+            if self._expected and time.monotonic() >= deadline:
+                missing, self._expected = sorted({one.rank for one in self._expected}), []
+                raise ConstructError(
+                    f"ranks {missing} were expected at this step start and did not come; start them again, or restart "
+                    "the group"
+                )
+            for buffer in {id(one.buffer): one.buffer for one in self._expected}.values():
+                self._begin_step_of(buffer)
+                time.sleep(_LOOK_S)
+
+    def _begin_step_of(self, buffer: Buffer) -> None:
+        view = buffer.begin_step()
+        before = self._lives.get(buffer)
+        if before == view.incarnations:
+            return
+        self._lives[buffer] = view.incarnations
+        for rank, life in enumerate(view.incarnations):
+            if before is not None and life != before[rank]:
+                self._greet(rank)
+
+    def _greet(self, rank: int) -> None:
+        """What was known of the former life says nothing of this one: that it went is news again."""
+        self._acknowledged.discard(rank)
+        self.masked.discard(rank)
+        if rank in self._left_out:
+            self._left_out.discard(rank)
+            for buffer in self.all:
+                buffer.set_timeouts(rank, stall_ms=buffer.config.stall_ms)
+
+    def _join(self) -> None:
+        deadline = self._deadline()
+        running = notices.find_running(self.group, self.num_ranks, deadline)
+        if running.num_ranks != self.num_ranks:
+            raise ConstructError(
+                f"the group has room for {running.num_ranks} ranks, and this process was told of {self.num_ranks}; "
+                "start it with the members' own settings"
+            )
+        # Whoever is not waited for comes into one buffer in one step and into the next in another.
+        while len(running.shapes) > 1 and not self._is_expected_by_others():
+            if time.monotonic() >= deadline:
+                raise ConstructError(
+                    f"the layers of this group have {len(running.shapes)} shapes, and no member waits for rank "
+                    f"{self.rank}; let the engine commit its coming on every member (commit_ep_size)"
+                )
+            time.sleep(_LOOK_S)
+        for fields in running.shapes:
+            shape = LayerShape(**fields)
+            group = replace(self._group_of(shape), num_ranks=self.num_ranks)
+            self._buffers[shape] = Buffer(group, self._config_of(shape), join=True)
+        self.joins = False
+        self._acknowledged |= set(self.missing())  # they were gone before this rank came
+        notices.tell_running(self.group, self.num_ranks, self._buffers)
+        self._expect_with_others()
+
+    def _is_expected_by_others(self) -> bool:
+        return any(rank == self.rank for _, rank, _ in notices.find_expected(self.group, self.num_ranks))
+
+    def _deadline(self) -> float:
+        return time.monotonic() + self.timeouts.get("construct_timeout_ms", Config.construct_timeout_ms) / 1000
 
     def close(self) -> None:
         """Leaves the group. Not collective, bounded, may be repeated."""

@@ -157,11 +157,11 @@ class FaultA2AManager(All2AllManagerBase):
     def mask_remote_ranks(self) -> Iterator[None]:
         """While it lasts, layers run on this rank's own experts and send nothing: to warm up before others come."""
         buffers = self._made()
-        buffers.alone = True
+        buffers.warms_up = True
         try:
             yield
         finally:
-            buffers.alone = False
+            buffers.warms_up = False
 
     # -- the rest ------------------------------------------------------------------------------------------------------
 
