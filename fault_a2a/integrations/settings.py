@@ -52,6 +52,18 @@ ON_FAULT_SETTING = Setting(
     "with the experts that are left",
     choices=ON_FAULT,
 )
+STEP_STARTS = Setting(
+    "FAULT_A2A_STEP_STARTS",
+    "1",
+    "1: vLLM's workers mark where a step begins, so that ranks can join and come back; 0: they do not",
+    choices=("0", "1"),
+)
+JOIN = Setting(
+    "FAULT_A2A_JOIN",
+    "0",
+    "1, and on a new process only: it takes its rank's place in a group that runs already",
+    choices=("0", "1"),
+)
 METRICS_PORT = Setting(
     "FAULT_A2A_METRICS_PORT",
     "0",
@@ -73,7 +85,7 @@ TIMEOUTS = {
         "FAULT_A2A_AGREEMENT_TIMEOUT_MS", 10000, "how long a rank without a quorum waits before it suspends itself"
     ),
 }
-ALL = (ENABLED, ON_FAULT_SETTING, METRICS_PORT, *TIMEOUTS.values())
+ALL = (ENABLED, ON_FAULT_SETTING, STEP_STARTS, JOIN, METRICS_PORT, *TIMEOUTS.values())
 
 
 def timeouts() -> dict[str, Any]:

@@ -9,6 +9,7 @@ def preload() -> None:
         [
             "tests.process_scenarios",
             "tests.vllm.micro_batches",
+            "tests.vllm.arrivals",
             "tests.vllm.elastic",
             "tests.vllm.faults",
             "tests.vllm.dialects",

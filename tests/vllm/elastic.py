@@ -100,14 +100,13 @@ def alone(here: Here, layer: Layer, manager: FaultA2AManager, kernel: Any) -> li
 
 
 def too_large(here: Here, manager: FaultA2AManager) -> list[str]:
-    """Neither beyond what it began with, nor back to it: who has left does not come back yet."""
-    wrong = []
-    for size in (here.num_ranks, here.num_ranks + 1):
-        manager.world_size = size
+    """Not beyond what it has room for."""
+    manager.world_size = here.num_ranks + 1
+    for prepare in (manager.stage_ep_size, manager.commit_ep_size):
         try:
-            manager.stage_ep_size()
-            wrong.append(f"the group grew to {size}")
+            prepare()
+            return [f"the group grew to {manager.world_size}"]
         except NotImplementedError as error:
-            if f"the group has {here.num_ranks - 1} ranks and cannot grow to {size}" not in str(error):
-                wrong.append(str(error))
-    return wrong
+            if f"room for {here.num_ranks} ranks and cannot grow to {manager.world_size}" not in str(error):
+                return [str(error)]
+    return []

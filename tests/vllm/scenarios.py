@@ -115,10 +115,16 @@ def vllm_kernel(layer: Layer, rank: int, backend: str = "nixl_ep") -> Any:
 
 
 @contextmanager
-def vllm_groups(here: Here, backend: str = "nixl_ep") -> Iterator[None]:
-    """vLLM's parallel state of ``num_ranks`` data-parallel ranks, which are one expert-parallel group."""
+def vllm_groups(
+    here: Here, backend: str = "nixl_ep", *, num_ranks: int | None = None, max_num_ranks: int | None = None
+) -> Iterator[None]:
+    """vLLM's parallel state of ``num_ranks`` data-parallel ranks, which are one expert-parallel group.
+
+    ``max_num_ranks``: for how many ``--elastic-ep-max-dp-size`` leaves room.
+    """
+    num_ranks = num_ranks or here.num_ranks
     parallel = ParallelConfig(
-        data_parallel_size=here.num_ranks,
+        data_parallel_size=num_ranks,
         data_parallel_rank=here.rank,
         enable_expert_parallel=True,
         all2all_backend=backend,
@@ -131,18 +137,25 @@ def vllm_groups(here: Here, backend: str = "nixl_ep") -> Iterator[None]:
             world_size=1, rank=0, distributed_init_method="env://", local_rank=here.rank, backend="gloo"
         )
         initialize_model_parallel(backend="gloo")
+        if max_num_ranks is not None:
+            # Only now: for groups that change vLLM takes communicators that need a GPU.
+            parallel.enable_elastic_ep, parallel.elastic_ep_max_dp_size = True, max_num_ranks
         yield
 
 
 def free_port(here: Here) -> int:
-    """The same for all ranks; rank 0 finds it."""
+    """The same for all that meet; rank 0 finds one each time. A newcomer meets the others in their newest groups."""
     import socket
 
+    number = here.store.add(f"vllm_groups_of/{here.rank}", 1)
+    if here.joins:
+        here.store.wait(["newcomers_meet_at"])
+        number = int(here.store.get("newcomers_meet_at"))
     if here.rank == 0:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
-            here.store.set("vllm_port", str(probe.getsockname()[1]))
-    return int(here.store.get("vllm_port"))
+            here.store.set(f"vllm_port/{number}", str(probe.getsockname()[1]))
+    return int(here.store.get(f"vllm_port/{number}"))
 
 
 # -- questions ---------------------------------------------------------------------------------------------------------

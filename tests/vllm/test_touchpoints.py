@@ -20,6 +20,8 @@ BEFORE = Path(sys.prefix) / "vllm-0.32.0"
 BASE = "vllm.distributed.device_communicators.base_device_communicator"
 KERNEL = "vllm.model_executor.layers.fused_moe.modular_kernel"
 UTILS = "vllm.model_executor.layers.fused_moe.all2all_utils"
+WORKER_MODULE, WORKER = touchpoints.WORKER
+EXECUTOR = "vllm.v1.executor.abstract"
 
 
 def test_this_vllm_fits() -> None:
@@ -90,20 +92,39 @@ def test_a_value_that_is_gone_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "FusedMoEActivationFormat has no BatchedExperts" in refused(monkeypatch)
 
 
+def test_a_worker_that_takes_a_step_otherwise_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    wrapper = getattr(importlib.import_module(WORKER_MODULE), WORKER)
+    before = wrapper.execute_model
+    monkeypatch.setattr(wrapper, "execute_model", lambda self, batch, grammar: None)
+    assert f"{WORKER}.execute_model does not take (scheduler_output)" in refused(monkeypatch)
+    monkeypatch.setattr(wrapper, "execute_model", before)
+    monkeypatch.setattr(wrapper, "execute_dummy_batch", lambda self: None, raising=False)
+    assert f"{WORKER} has an execute_dummy_batch of its own" in refused(monkeypatch)
+
+
 @pytest.mark.parametrize(
-    ("old", "new", "complaint"),
+    ("module", "old", "new", "complaint"),
     [
         (
+            EXECUTOR,
+            'self.collective_rpc("execute_dummy_batch")',
+            'self.collective_rpc("execute_empty_batch")',
+            f"{EXECUTOR} does not ask workers for execute_dummy_batch any more",
+        ),
+        (
+            UTILS,
             "expert_capacity=(",
             "expert_room=(",
             "with 1 arguments and (max_tokens_per_rank, num_dispatchers, expert_room",
         ),
         (
+            UTILS,
             "NixlEPPrepareAndFinalize(\n",
             "OtherPrepareAndFinalize(\n",
             "does not call NixlEPPrepareAndFinalize any more",
         ),
         (
+            UTILS,
             "token_hidden_size=moe.hidden_dim,\n            num_local",
             "width=moe.hidden_dim,\n            num_local",
             "asks get_handle",
@@ -111,16 +132,16 @@ def test_a_value_that_is_gone_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_a_call_that_vllm_makes_otherwise_is_named(
-    old: str, new: str, complaint: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    module: str, old: str, new: str, complaint: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    text = inspect.getsource(importlib.import_module(UTILS))
+    text = inspect.getsource(importlib.import_module(module))
     assert old in text
     altered = tmp_path / "altered.py"
     altered.write_text(text.replace(old, new))
     find_spec = importlib.util.find_spec
 
     def find(name: str, package: str | None = None) -> Any:
-        if name == UTILS:
+        if name == module:
             return importlib.machinery.ModuleSpec(name, None, origin=str(altered))
         return find_spec(name, package)
 
@@ -138,7 +159,10 @@ vllm.plugins.plugins_loaded = False
 vllm.plugins.load_general_plugins()
 module = import_module("vllm.distributed.device_communicators.all2all")
 utils = import_module("vllm.model_executor.layers.fused_moe.all2all_utils")
-print(module.NixlEPAll2AllManager.__name__, getattr(utils, "NixlEPPrepareAndFinalize", None))
+worker = import_module("vllm.v1.worker.worker_base").WorkerWrapperBase
+marks = [name for name in ("execute_model", "execute_dummy_batch") if "fault_a2a" in str(
+    getattr(vars(worker).get(name), "__code__", ""))]
+print(module.NixlEPAll2AllManager.__name__, *marks, getattr(utils, "NixlEPPrepareAndFinalize", None))
 """
 
 
@@ -156,6 +180,12 @@ def installed(tmp_path: Path) -> Path:
 
 def test_vllm_loads_it_by_its_entry_point_and_twice_is_once(installed: Path) -> None:
     loaded = in_a_process(LOAD, installed, FAULT_A2A_VLLM="1").split("\n")[-2]
+    ours = "FaultA2AManager execute_model execute_dummy_batch <class 'fault_a2a.integrations.vllm.prepare_finalize."
+    assert loaded.startswith(ours)
+
+
+def test_step_starts_are_left_unmarked_where_the_user_wants_so(installed: Path) -> None:
+    loaded = in_a_process(LOAD, installed, FAULT_A2A_VLLM="1", FAULT_A2A_STEP_STARTS="0").split("\n")[-2]
     assert loaded.startswith("FaultA2AManager <class 'fault_a2a.integrations.vllm.prepare_finalize.")
 
 

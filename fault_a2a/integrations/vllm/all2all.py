@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
+from vllm import envs
+from vllm.config import get_current_vllm_config
 from vllm.distributed.device_communicators.base_device_communicator import All2AllManagerBase
 
 from fault_a2a import metrics
@@ -39,6 +41,9 @@ class FaultA2AManager(All2AllManagerBase):
     def get_handle(self, kwargs: dict[str, Any]) -> RankBuffers:
         """What every layer of this process works on. Not collective: a buffer is made by the first layer that runs.
 
+        In a process that joins a group that runs (vLLM's own scale-up, or ``FAULT_A2A_JOIN=1``), layers run alone until
+        its first step begins.
+
         Args:
             kwargs: of a layer: ``max_num_tokens_per_dp_rank``, ``token_hidden_size``, ``num_local_experts``. Layers may
                 differ in all of them.
@@ -47,13 +52,32 @@ class FaultA2AManager(All2AllManagerBase):
         with cls._lock:
             if cls._buffers is None:
                 group = self.tcp_store_group if self.tcp_store_group is not None else self.cpu_group
-                made = RankBuffers(group, **settings.timeouts())
+                joins = bool(envs.VLLM_ELASTIC_EP_SCALE_UP_LAUNCH) or settings.JOIN.value() == "1"
+                if joins:
+                    _check_step_starts(f"rank {self.rank} cannot join")
+                made = RankBuffers(group, max_num_ranks=self._room(), joins=joins, **settings.timeouts())
                 port = int(settings.METRICS_PORT.value())
                 if port:
                     metrics.serve(lambda: made.all, port + self.rank)
                 cls._buffers = made
                 cls._ep_size = self.world_size
             return cls._buffers
+
+    def _room(self) -> int:
+        """Ranks that the group may ever have: ``--elastic-ep-max-dp-size``, in ranks."""
+        parallel = get_current_vllm_config().parallel_config
+        if not parallel.enable_elastic_ep:
+            return self.world_size
+        return self.world_size * parallel.elastic_ep_max_dp_size // parallel.data_parallel_size
+
+    @classmethod
+    def begin_step(cls) -> None:
+        """Marks the start of one of vLLM's steps; see ``RankBuffers.begin_step``, which says how it blocks and raises.
+
+        Called by vLLM's worker before each batch, dummy ones included. Nothing before a layer has asked for a handle.
+        """
+        if FaultA2AManager._buffers is not None:
+            FaultA2AManager._buffers.begin_step()
 
     def _made(self) -> RankBuffers:
         buffers = FaultA2AManager._buffers
@@ -93,12 +117,16 @@ class FaultA2AManager(All2AllManagerBase):
     def clean_buffers(self) -> None:
         """vLLM's recovery: rounds that an exception left open are closed, and the fault is acknowledged.
 
-        Blocks as ``Buffer.abandon`` does if there are such rounds. Rows need no cleaning: words carry their round and
+        A rank that the group left out while it lived (it hung, or its link did) comes back at the next step start, and
+        the others wait for it there: vLLM calls this on every rank before any of them goes on. Blocks as
+        ``Buffer.abandon`` does if there are open rounds. Rows need no cleaning: words carry their round and
         epoch, so those of a step that failed are not taken later.
         """
         if FaultA2AManager._buffers is not None:
             FaultA2AManager._buffers.abandon_open()
             self.acknowledge_fault()
+            if settings.STEP_STARTS.value() == "1":
+                FaultA2AManager._buffers.come_back()
 
     def update_mask(self, rank: int, masked: bool) -> None:
         """From now on this rank's tokens go around ``rank``, or no longer do.
@@ -124,33 +152,49 @@ class FaultA2AManager(All2AllManagerBase):
     # -- elastic expert parallelism ------------------------------------------------------------------------------------
 
     def stage_ep_size(self) -> None:
-        """Prepares for ``world_size`` ranks. Fewer need no preparation; more cannot be had yet.
+        """Prepares for ``world_size`` ranks: newcomers find this one on the store of this manager's group.
+
+        Called on every member, on the manager of the groups that are to come. Does not block. A rank whose place a new
+        process takes is staged as one that is new: with as many ranks as before.
 
         Raises:
-            NotImplementedError: the group has grown.
+            NotImplementedError: there is no room for so many, no layer has run yet, or step starts are not marked.
         """
         self._check_size()
+        buffers = self._made()
+        if self._to_come():
+            _check_step_starts(f"ranks {self._to_come()} cannot join")
+            if not buffers.all:
+                raise NotImplementedError("no layer has run yet, so there is nothing to join; run a step first")
+        buffers.be_found_at(self.tcp_store_group if self.tcp_store_group is not None else self.cpu_group)
 
     def commit_ep_size(self) -> None:
-        """From now on the group is the first ``world_size`` ranks. Does not block: the others have left already, or are
-        left out as soon as a round would wait for them.
+        """From now on the group is the first ``world_size`` ranks. Does not block.
+
+        Ranks beyond have left already, or are left out as soon as a round would wait for them. Ranks that are not in
+        are waited for by the next step start, to which they come in their own first step.
 
         Raises:
-            NotImplementedError: the group has grown.
+            NotImplementedError: as ``stage_ep_size``.
         """
         self._check_size()
         buffers = self._made()
+        gone, missing = buffers.gone(), buffers.missing()
         for rank in range(self.world_size, buffers.num_ranks):
-            buffers.leave_out(rank)
+            if not gone[rank] or rank in missing:  # and not what there is only room for
+                buffers.leave_out(rank)
+        buffers.expect(self._to_come())
         FaultA2AManager._ep_size = self.world_size
 
+    def _to_come(self) -> list[int]:
+        return [rank for rank, gone in enumerate(self._made().gone()[: self.world_size]) if gone]
+
     def _check_size(self) -> None:
-        buffers = self._made()
-        back = [rank for rank in buffers.left_out if rank < self.world_size]
-        if self.world_size > buffers.num_ranks or back:
-            num_ranks = buffers.num_ranks - len(buffers.left_out)
+        num_ranks = self._made().num_ranks
+        if self.world_size > num_ranks:
             raise NotImplementedError(
-                f"the group has {num_ranks} ranks and cannot grow to {self.world_size}; restart it with that many"
+                f"the group has room for {num_ranks} ranks and cannot grow to {self.world_size}; restart it with "
+                "--elastic-ep-max-dp-size for as many as it may ever have"
             )
 
     @contextmanager
@@ -170,3 +214,11 @@ class FaultA2AManager(All2AllManagerBase):
 
     def destroy(self) -> None:
         """Not the end of the buffers: vLLM does this whenever its groups change. They leave with the process."""
+
+
+def _check_step_starts(what_cannot: str) -> None:
+    if settings.STEP_STARTS.value() != "1":
+        raise NotImplementedError(
+            f"{what_cannot}: ranks come only at step starts, and FAULT_A2A_STEP_STARTS=0 leaves them unmarked; set it "
+            "to 1 on every rank"
+        )

@@ -1,12 +1,14 @@
 """What vLLM's plug-in loader calls: off unless asked for, and loud where vLLM is not the one it was written against.
 
 vLLM picks its all-to-all by comparing strings and has no registry of them, so the user names the backend ``nixl_ep``,
-and the two classes that vLLM looks up by name for it, when it needs them, are these. Nothing else of vLLM is changed.
+and the two classes that vLLM looks up by name for it, when it needs them, are these. Its workers mark step starts, too.
+Nothing else of vLLM is changed.
 """
 
 from __future__ import annotations
 
 import importlib
+from typing import Any
 
 from fault_a2a.integrations import settings
 from fault_a2a.integrations.vllm import touchpoints
@@ -28,8 +30,8 @@ def register() -> None:
         return
     for setting in settings.ALL:
         setting.value()  # here, where the user sees it, and not in the first layer
-    replaced = [importlib.import_module(module) for module, _ in touchpoints.REPLACED]
     ours = _ours()
+    replaced = [importlib.import_module(module) for module, _ in touchpoints.REPLACED]
     if all(
         getattr(module, name, None) is ours[name]
         for module, (_, name) in zip(replaced, touchpoints.REPLACED, strict=True)
@@ -44,7 +46,16 @@ def register() -> None:
         )
     for module, (_, name) in zip(replaced, touchpoints.REPLACED, strict=True):
         setattr(module, name, ours[name])
+    if settings.STEP_STARTS.value() == "1":
+        from fault_a2a.integrations.vllm import steps
+
+        steps.mark(_vllms(touchpoints.WORKER))
     tell("vllm_served")
+
+
+def _vllms(place: tuple[str, str]) -> Any:
+    module, name = place
+    return getattr(importlib.import_module(module), name)
 
 
 def _ours() -> dict[str, object]:

@@ -23,6 +23,11 @@ REPLACED = (
     (f"{_MOE}.all2all_utils", "NIXL_EP_QUANT_BLOCK_SHAPE"),
 )
 
+# Where step starts are marked (`steps`): every executor calls its worker through this class.
+WORKER = ("vllm.v1.worker.worker_base", "WorkerWrapperBase")
+STEP_STARTS_MARKED = "_fault_a2a_marks_step_starts"
+CONFIG = ("vllm.config.parallel", "ParallelConfig")
+
 # Classes that ours derive from: method, and its parameters as vLLM passes them.
 _PREPARE = "a1 topk_weights topk_ids num_experts expert_map apply_router_weight_on_input quant_config defer_input_quant"
 _FINALIZE = "output fused_expert_output topk_weights topk_ids apply_router_weight_on_input weight_and_reduce_impl"
@@ -68,6 +73,7 @@ CALLED: dict[tuple[str, str], str] = {
     (f"{_MOE}.utils", "moe_kernel_quantize_input"): "A A_scale quant_dtype per_act_token_quant block_shape",
     (f"{_MOE}.utils", "normalize_batched_scales_shape"): "scales num_experts",
     (f"{_MOE}.modular_kernel", "ExpertTokensMetadata"): "expert_num_tokens expert_num_tokens_cpu",
+    ("vllm.config", "get_current_vllm_config"): "",
     ("vllm.v1.worker.ubatching", "dbo_current_ubatch_id"): "",
     ("vllm.v1.worker.ubatching", "dbo_maybe_run_recv_hook"): "",
 }
@@ -75,7 +81,14 @@ CALLED: dict[tuple[str, str], str] = {
 READ = (
     (f"{_MOE}.modular_kernel", "FusedMoEActivationFormat", "BatchedExperts"),
     (f"{_MOE}.topk_weight_and_reduce", "TopKWeightAndReduceDelegate", "apply"),
+    (*CONFIG, "enable_elastic_ep"),
+    (*CONFIG, "elastic_ep_max_dp_size"),
+    (*CONFIG, "data_parallel_size"),
+    ("vllm", "envs", "VLLM_ELASTIC_EP_SCALE_UP_LAUNCH"),
+    ("vllm.v1.core.sched.output", "SchedulerOutput", "total_num_scheduled_tokens"),
 )
+# What executors ask of a worker by these names, as a step's first call; else nothing of ours would be called.
+ASKED_OF_WORKERS = ("vllm.v1.executor.abstract", "execute_model", "execute_dummy_batch")
 
 # Calls that vLLM makes of ours: where, of what, with how many positional arguments, and which keywords.
 CALLERS = (
@@ -102,7 +115,7 @@ def vllm_version() -> str:
 
 def complaints() -> list[str]:
     """A sentence for everything that is not as expected; empty: this vLLM fits."""
-    return [*_of_bases(), *_of_called(), *_of_read(), *_of_callers()]
+    return [*_of_bases(), *_of_called(), *_of_read(), *_of_callers(), *_of_step_starts()]
 
 
 def _look_up(module: str, name: str) -> tuple[Any, str]:
@@ -156,7 +169,7 @@ def _of_read() -> Iterator[str]:
         found, why = _look_up(module, name)
         if found is None:
             yield why
-        elif not hasattr(found, attribute):
+        elif not hasattr(found, attribute) and attribute not in getattr(found, "__dataclass_fields__", ()):
             yield f"{module}.{name} has no {attribute}"
 
 
@@ -177,6 +190,25 @@ def _of_callers() -> Iterator[str]:
     made = [{keyword.arg for keyword in call.keywords} for call in _calls(module) if ast.unparse(call.func) == "dict"]
     if set(fields.split()) not in made:
         yield f"{module} asks get_handle for other things than ({', '.join(fields.split())})"
+
+
+def _of_step_starts() -> Iterator[str]:
+    (module, name), (executors, *asked) = WORKER, ASKED_OF_WORKERS
+    wrapper, why = _look_up(module, name)
+    if wrapper is None:
+        yield why
+        return
+    execute_model = getattr(wrapper, "execute_model", None)
+    if execute_model is None or _parameters(execute_model) != ["scheduler_output"]:
+        yield f"{module}.{name}.execute_model does not take (scheduler_output)"
+    if "execute_dummy_batch" in vars(wrapper) and not hasattr(wrapper, STEP_STARTS_MARKED):
+        yield f"{module}.{name} has an execute_dummy_batch of its own"
+    if not hasattr(wrapper, "__getattr__"):
+        yield f"{module}.{name} does not pass other calls on to its worker"
+    calls = [ast.unparse(call.args[0]) for call in _calls(executors) if call.args]
+    for method in asked:
+        if repr(method) not in calls:
+            yield f"{executors} does not ask workers for {method} any more"
 
 
 def _calls(module: str) -> list[ast.Call]:
