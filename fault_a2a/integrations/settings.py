@@ -44,7 +44,9 @@ def _ms(name: str, default: int, meaning: str, least: int = 1) -> Setting:
     return Setting(name, str(default), meaning, least, MAX_MS)
 
 
-ENABLED = Setting("FAULT_A2A_VLLM", "0", "1: vLLM's nixl_ep backend is served by fault_a2a", choices=("0", "1"))
+ENABLED = Setting(
+    "FAULT_A2A_VLLM", "0", "1: vLLM's nixl_ep backend is served by fault_a2a, and may be called so", choices=("0", "1")
+)
 ON_FAULT_SETTING = Setting(
     "FAULT_A2A_ON_FAULT",
     "report",

@@ -81,12 +81,12 @@ class Engine:
 
 
 def start(here: Here, layers: list[Layer], num_ranks: int, max_num_ranks: int | None) -> Engine:
-    """The kernels as vLLM makes them, by its config, groups and factories."""
+    """The kernels as vLLM makes them, by its config, groups and factories, under the name ``fault_a2a``."""
     os.environ |= {"FAULT_A2A_VLLM": "1", "FAULT_A2A_STALL_MS": "10000", "FAULT_A2A_JOIN": str(int(here.joins))}
     register()
     # The communicator for CPUs knows one backend, which it imports when it needs it.
     vllm_all2all.AgRsAll2AllManager = vllm_all2all.NixlEPAll2AllManager
-    with vllm_groups(here, num_ranks=num_ranks, max_num_ranks=max_num_ranks):
+    with vllm_groups(here, "fault_a2a", num_ranks=num_ranks, max_num_ranks=max_num_ranks):
         kernels = [vllm_kernel(layer, here.rank) for layer in layers]
         buffers = get_ep_all2all_manager().get_handle({})
     return Engine(here, LayersForAWorker(here.rank, layers, kernels), buffers)
@@ -98,7 +98,7 @@ def regroup(here: Here, num_ranks: int, room: int | None, missing: set[int]) -> 
     destroy_distributed_environment()
     if missing and here.rank == 0:
         here.store.set("newcomers_meet_at", str(here.store.add("vllm_groups_of/0", 0) + 1))
-    with vllm_groups(here, num_ranks=num_ranks, max_num_ranks=room):
+    with vllm_groups(here, "fault_a2a", num_ranks=num_ranks, max_num_ranks=room):
         manager = get_ep_all2all_manager()
         manager.stage_ep_size()
         manager.commit_ep_size()

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from fault_a2a.integrations.vllm import VllmMovedError, plugin, touchpoints
+from fault_a2a.integrations.vllm import VllmMovedError, backend_name, plugin, touchpoints
 
 ROOT = Path(__file__).resolve().parents[2]
 BEFORE = Path(sys.prefix) / "vllm-0.32.0"
@@ -22,6 +22,7 @@ KERNEL = "vllm.model_executor.layers.fused_moe.modular_kernel"
 UTILS = "vllm.model_executor.layers.fused_moe.all2all_utils"
 WORKER_MODULE, WORKER = touchpoints.WORKER
 EXECUTOR = "vllm.v1.executor.abstract"
+CONFIG = "vllm.config.parallel"
 
 
 def test_this_vllm_fits() -> None:
@@ -102,6 +103,23 @@ def test_a_worker_that_takes_a_step_otherwise_is_named(monkeypatch: pytest.Monke
     assert f"{WORKER} has an execute_dummy_batch of its own" in refused(monkeypatch)
 
 
+def test_a_list_of_backends_that_is_none_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = importlib.import_module(CONFIG).ParallelConfig
+    monkeypatch.setattr(config.__dataclass_fields__["all2all_backend"], "type", str)
+    assert "ParallelConfig.all2all_backend is no list of names with 'nixl_ep' in it" in refused(monkeypatch)
+
+
+def test_a_config_that_does_not_take_the_name_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = importlib.import_module(CONFIG).ParallelConfig
+    with monkeypatch.context() as altered:
+        altered.setattr(backend_name, "_served_name", lambda name: name)
+        assert "ParallelConfig(all2all_backend='fault_a2a') holds 'fault_a2a', not 'nixl_ep'" in refused(monkeypatch)
+    assert not backend_name.is_taken(config)
+    with pytest.raises(ValueError, match="all2all_backend"):
+        config(all2all_backend="fault_a2a")
+    assert config(all2all_backend="nixl_ep").all2all_backend == "nixl_ep"
+
+
 @pytest.mark.parametrize(
     ("module", "old", "new", "complaint"),
     [
@@ -164,6 +182,24 @@ marks = [name for name in ("execute_model", "execute_dummy_batch") if "fault_a2a
     getattr(vars(worker).get(name), "__code__", ""))]
 print(module.NixlEPAll2AllManager.__name__, *marks, getattr(utils, "NixlEPPrepareAndFinalize", None))
 """
+# As `vllm serve`: the command line, what is made of it, and what goes to other processes.
+SERVE = """
+import pickle
+from vllm.config import ParallelConfig
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
+said = parser.parse_args(["--all2all-backend", "fault_a2a"]).all2all_backend
+config = ParallelConfig(all2all_backend=said, data_parallel_size=2, data_parallel_rank=0, enable_expert_parallel=True)
+config = pickle.loads(pickle.dumps(config))
+held = [config.all2all_backend, ParallelConfig().all2all_backend]
+try:
+    ParallelConfig(all2all_backend="fault_a2b")
+    held.append("anything")
+except ValueError as error:
+    held.append("'fault_a2a'" in str(error))
+print(said, *held, config.use_batched_dp_moe)
+"""
 
 
 @pytest.fixture
@@ -187,6 +223,12 @@ def test_vllm_loads_it_by_its_entry_point_and_twice_is_once(installed: Path) -> 
 def test_step_starts_are_left_unmarked_where_the_user_wants_so(installed: Path) -> None:
     loaded = in_a_process(LOAD, installed, FAULT_A2A_VLLM="1", FAULT_A2A_STEP_STARTS="0").split("\n")[-2]
     assert loaded.startswith("FaultA2AManager <class 'fault_a2a.integrations.vllm.prepare_finalize.")
+
+
+@pytest.mark.parametrize("folders", [(), (BEFORE,)], ids=["0.33", "0.32"])
+def test_the_command_line_takes_our_name_and_holds_vllms(folders: tuple[Path, ...], installed: Path) -> None:
+    told = in_a_process(SERVE, *folders, installed, FAULT_A2A_VLLM="1").split("\n")[-2]
+    assert told == "fault_a2a nixl_ep allgather_reducescatter True True"
 
 
 def test_it_is_off_unless_asked_for(installed: Path) -> None:

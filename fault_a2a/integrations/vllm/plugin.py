@@ -1,8 +1,8 @@
 """What vLLM's plug-in loader calls: off unless asked for, and loud where vLLM is not the one it was written against.
 
-vLLM picks its all-to-all by comparing strings and has no registry of them, so the user names the backend ``nixl_ep``,
-and the two classes that vLLM looks up by name for it, when it needs them, are these. Its workers mark step starts, too.
-Nothing else of vLLM is changed.
+vLLM picks its all-to-all by comparing strings and has no registry of them. So the user names the backend ``nixl_ep``,
+or ``fault_a2a``, which its configuration turns into that; the two classes that vLLM looks up by name for it, when it
+needs them, are these; and its workers mark step starts. Nothing else of vLLM is changed.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import importlib
 from typing import Any
 
 from fault_a2a.integrations import settings
-from fault_a2a.integrations.vllm import touchpoints
+from fault_a2a.integrations.vllm import backend_name, touchpoints
 from fault_a2a.log_events import tell
 
 
@@ -38,6 +38,8 @@ def register() -> None:
     ):
         return
     found = touchpoints.complaints()
+    if not found:
+        found = [why for why in [backend_name.take(_vllms(touchpoints.CONFIG))] if why]
     if found:
         raise VllmMovedError(
             f"fault_a2a does not fit vLLM {touchpoints.vllm_version()}:\n  "

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from fault_a2a.integrations.vllm import backend_name
+
 _ALL2ALL = "vllm.distributed.device_communicators.all2all"
 _MOE = "vllm.model_executor.layers.fused_moe"
 
@@ -26,6 +28,7 @@ REPLACED = (
 # Where step starts are marked (`steps`): every executor calls its worker through this class.
 WORKER = ("vllm.v1.worker.worker_base", "WorkerWrapperBase")
 STEP_STARTS_MARKED = "_fault_a2a_marks_step_starts"
+# What takes the name of the backend (`backend_name`).
 CONFIG = ("vllm.config.parallel", "ParallelConfig")
 
 # Classes that ours derive from: method, and its parameters as vLLM passes them.
@@ -115,7 +118,7 @@ def vllm_version() -> str:
 
 def complaints() -> list[str]:
     """A sentence for everything that is not as expected; empty: this vLLM fits."""
-    return [*_of_bases(), *_of_called(), *_of_read(), *_of_callers(), *_of_step_starts()]
+    return [*_of_bases(), *_of_called(), *_of_read(), *_of_callers(), *_of_step_starts(), *_of_name()]
 
 
 def _look_up(module: str, name: str) -> tuple[Any, str]:
@@ -209,6 +212,13 @@ def _of_step_starts() -> Iterator[str]:
     for method in asked:
         if repr(method) not in calls:
             yield f"{executors} does not ask workers for {method} any more"
+
+
+def _of_name() -> Iterator[str]:
+    config, why = _look_up(*CONFIG)
+    why = why or backend_name.complaint(config)
+    if why:
+        yield f"{CONFIG[0]}: {why}" if config is not None else why
 
 
 def _calls(module: str) -> list[ast.Call]:
