@@ -87,7 +87,7 @@ def an_unexpected_one(here: Here, shapes: list[LayerShape]) -> tuple[list[list[i
 
 def one_that_does_not_come(here: Here) -> list[str]:
     """Two founders wait for a rank of which nothing is heard: not for ever, and they go on without it."""
-    buffers, wrong = buffers_of(here, construct_timeout_ms=1000), []
+    buffers, wrong = buffers_of(here, stall_ms=1000), []
     step(buffers, SHAPES[:1])
     buffers.expect([2])
     try:

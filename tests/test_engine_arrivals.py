@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from fault_a2a import Group
+from fault_a2a import ConstructError, Group
+from fault_a2a.integrations import notices
 from fault_a2a.integrations.rank_buffers import LayerShape, RankBuffers
 from tests import engine_arrivals
 from tests.engine_arrivals import DELIVERED, SHAPES, UNROUTABLE, an_unexpected_one
@@ -74,3 +75,21 @@ def test_a_rank_keeps_its_number_when_its_group_meets_elsewhere() -> None:
     buffers = RankBuffers(Group(dist.HashStore(), 0, 2))
     with pytest.raises(ValueError, match="rank 0 is 1 in it; a rank keeps its number"):
         buffers.be_found_at(Group(dist.HashStore(), 1, 2))
+
+
+def refusal_of(store: dist.Store) -> str:
+    newcomer = RankBuffers(Group(store, 1, 2), joins=True, construct_timeout_ms=50)
+    with pytest.raises(ConstructError) as refused:
+        newcomer.begin_step()
+    return str(refused.value)
+
+
+def test_a_newcomer_without_a_group_says_what_it_looked_for() -> None:
+    assert "nobody of group 'default' has told of its buffers on this store" in refusal_of(dist.HashStore())
+
+
+def test_a_newcomer_that_was_told_of_another_size_says_which() -> None:
+    store = dist.HashStore()
+    notices.tell_running(Group(store, 0, 3), 3, SHAPES)
+    told = "the group has room for 3 ranks, and this process was told of 2; start it with the members' own settings"
+    assert told in refusal_of(store)

@@ -316,8 +316,8 @@ class RankBuffers:
 
         Every rank calls it where no layer is open, at the same place among its layers; calling it twice there does no
         harm. Costs next to nothing but when somebody comes. Blocks as ``Buffer.begin_step`` does; while ranks are
-        expected until they are in, and on a rank that joins until it is, at most ``construct_timeout_ms``. Not
-        capturable.
+        expected until they are in, at most ``stall_ms``, as for any rank that does not move on; and on a rank that
+        joins until it is in, at most ``construct_timeout_ms``. Not capturable.
 
         Raises:
             ConstructError: a rank that was expected did not come, or this one was not let in.
@@ -349,10 +349,11 @@ class RankBuffers:
         found_at = as_group(group)
         if found_at.rank != self.rank:
             raise ValueError(f"group: rank {self.rank} is {found_at.rank} in it; a rank keeps its number")
-        self.group = found_at
-        for shape, buffer in self._buffers.items():
-            buffer.be_found_at(found_at.store, self._group_of(shape).name)
-        notices.tell_running(self.group, self.num_ranks, self._buffers)
+        with self._lock:  # engines prepare on a thread of their own, while layers run
+            self.group = found_at
+            for shape, buffer in self._buffers.items():
+                buffer.be_found_at(found_at.store, self._group_of(shape).name)
+            notices.tell_running(self.group, self.num_ranks, self._buffers)
 
     def expect(self, ranks: list[int]) -> None:
         """The next ``begin_step`` waits until new lives of ``ranks`` are in, those that are in already excepted.
@@ -396,7 +397,7 @@ class RankBuffers:
                 self.expect([rank])
 
     def _wait_for_expected(self) -> None:
-        deadline = self._deadline()
+        deadline = self._deadline("stall_ms")
         while self._expected:
             self._expected = [one for one in self._expected if not one.is_in]
             if self._expected and time.monotonic() >= deadline:
@@ -429,7 +430,7 @@ class RankBuffers:
                 buffer.set_timeouts(rank, stall_ms=buffer.config.stall_ms)
 
     def _join(self) -> None:
-        deadline = self._deadline()
+        deadline = self._deadline("construct_timeout_ms")
         running = notices.find_running(self.group, self.num_ranks, deadline)
         if running.num_ranks != self.num_ranks:
             raise ConstructError(
@@ -456,8 +457,8 @@ class RankBuffers:
     def _is_expected_by_others(self) -> bool:
         return any(rank == self.rank for _, rank, _ in notices.find_expected(self.group, self.num_ranks))
 
-    def _deadline(self) -> float:
-        return time.monotonic() + self.timeouts.get("construct_timeout_ms", Config.construct_timeout_ms) / 1000
+    def _deadline(self, timeout: str) -> float:
+        return time.monotonic() + self.timeouts.get(timeout, getattr(Config, timeout)) / 1000
 
     def close(self) -> None:
         """Leaves the group. Not collective, bounded, may be repeated."""

@@ -75,7 +75,7 @@ def scale_down(here: Here, layer: Layer) -> list[str]:
             wrong.append(f"rank {here.rank}: mask {smaller.query_active_mask()} after the commit")
         if buffers.num_lost == 0 and bool(smaller.query_fault()):
             wrong.append(f"rank {here.rank}: a rank that left as planned is a fault")
-        wrong += too_large(here, smaller)
+        wrong += too_large(here, smaller) + without_step_starts(here, smaller)
         here.say("ran with three")
         here.hear()
         buffers.close()
@@ -110,3 +110,15 @@ def too_large(here: Here, manager: FaultA2AManager) -> list[str]:
             if f"room for {here.num_ranks} ranks and cannot grow to {manager.world_size}" not in str(error):
                 return [str(error)]
     return []
+
+
+def without_step_starts(here: Here, manager: FaultA2AManager) -> list[str]:
+    """Nobody could come, so nobody is asked to."""
+    os.environ["FAULT_A2A_STEP_STARTS"] = "0"
+    manager.world_size = here.num_ranks
+    try:
+        manager.stage_ep_size()
+        return ["a rank was to join at step starts that nobody marks"]
+    except NotImplementedError as error:
+        told = f"ranks [{here.num_ranks - 1}] cannot join: ranks come only at step starts"
+        return [] if told in str(error) else [str(error)]
