@@ -67,9 +67,9 @@ def tell_expected(group: Group, expected: list[tuple[str, int, int]]) -> None:
     group.store.set(_key(group, "expects", group.rank), json.dumps(expected))
 
 
-def find_expected(group: Group, num_ranks: int) -> set[tuple[str, int, int]]:
-    """What any other rank has told of that, last."""
-    found = _find(group, "expects", (rank for rank in range(num_ranks) if rank != group.rank))
+def find_expected(group: Group, ranks: Iterable[int]) -> set[tuple[str, int, int]]:
+    """What the others of ``ranks`` have told of that, each the last time."""
+    found = _find(group, "expects", (rank for rank in ranks if rank != group.rank))
     return {(shape, rank, former) for expected in found.values() for shape, rank, former in expected}
 
 

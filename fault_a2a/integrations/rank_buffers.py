@@ -365,14 +365,19 @@ class RankBuffers:
             view = buffer.view
             wanted = [Expected(buffer, rank, view.incarnations[rank]) for rank in ranks if not view.active_mask[rank]]
             self._expected += [one for one in wanted if one not in self._expected]
+        self._tell_expected()
+
+    def _tell_expected(self) -> None:
         names = {id(buffer): shape.name for shape, buffer in self._buffers.items()}
         told = [(names[id(one.buffer)], one.rank, one.former) for one in self._expected]
         notices.tell_expected(self.group, told)
 
     def _expect_with_others(self) -> None:
         """What a rank does that has come in: it is a member now, at whose step start the next newcomer comes in."""
+        gone = self.gone()
+        members = [rank for rank in range(self.num_ranks) if not gone[rank]]  # the dead may have waited in vain
         by_name = {shape.name: buffer for shape, buffer in self._buffers.items()}
-        for name, rank, former in sorted(notices.find_expected(self.group, self.num_ranks)):
+        for name, rank, former in sorted(notices.find_expected(self.group, members)):
             one = Expected(by_name[name], rank, former)
             if not one.is_in and one not in self._expected:
                 self._expected.append(one)
@@ -402,6 +407,7 @@ class RankBuffers:
             self._expected = [one for one in self._expected if not one.is_in]
             if self._expected and time.monotonic() >= deadline:
                 missing, self._expected = sorted({one.rank for one in self._expected}), []
+                self._tell_expected()
                 raise ConstructError(
                     f"ranks {missing} were expected at this step start and did not come; start them again, or restart "
                     "the group"
@@ -455,7 +461,7 @@ class RankBuffers:
         self._expect_with_others()
 
     def _is_expected_by_others(self) -> bool:
-        return any(rank == self.rank for _, rank, _ in notices.find_expected(self.group, self.num_ranks))
+        return any(rank == self.rank for _, rank, _ in notices.find_expected(self.group, range(self.num_ranks)))
 
     def _deadline(self, timeout: str) -> float:
         return time.monotonic() + self.timeouts.get(timeout, getattr(Config, timeout)) / 1000

@@ -171,8 +171,8 @@ def one_leaves_and_comes(here: Here, layer: Layer) -> list[str]:
     return wrong
 
 
-def comes_back(here: Here, layer: Layer, victim: int) -> list[str]:
-    """A rank that hung is left out, and comes back through vLLM's recovery."""
+def come_back(here: Here, layer: Layer, victims: set[int]) -> list[str]:
+    """Ranks that hung are left out, and come back through vLLM's recovery."""
     os.environ["FAULT_A2A_SILENCE_MS"] = "500"
     engine = start(here, [layer], here.num_ranks, None)
     manager = get_ep_all2all_manager()
@@ -180,8 +180,8 @@ def comes_back(here: Here, layer: Layer, victim: int) -> list[str]:
     for step in range(3):
         wrong += engine.judged(step, set(), healthy=True)
     here.say("ran")
-    here.hear()  # here the victim is stopped
-    if here.rank == victim:
+    here.hear()  # here the victims are stopped
+    if here.rank in victims:
         try:
             engine.run(3)
             wrong.append("a rank that was left out ran a step")
@@ -189,7 +189,7 @@ def comes_back(here: Here, layer: Layer, victim: int) -> list[str]:
             pass
     else:
         for step in range(3, NUM_BEFORE):
-            wrong += engine.judged(step, {victim}, healthy=step > 3)
+            wrong += engine.judged(step, victims, healthy=step > 4)
         if not bool(manager.query_fault()):
             wrong.append(f"rank {here.rank}: no fault")
     manager.clean_buffers()

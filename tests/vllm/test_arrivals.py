@@ -7,7 +7,7 @@ import pytest
 from tests.process_rounds import small
 from tests.processes import Ranks
 from tests.vllm import preload
-from tests.vllm.arrivals import NUM_AFTER, NUM_BEFORE, comes_back, one_comes, one_leaves_and_comes
+from tests.vllm.arrivals import NUM_AFTER, NUM_BEFORE, come_back, one_comes, one_leaves_and_comes
 from tests.vllm.layers import Layer
 from tests.vllm.scenarios import Death
 
@@ -73,16 +73,19 @@ def test_a_group_grows_again_after_a_rank_left_as_planned() -> None:
     assert not wrong, "\n".join(wrong)
 
 
-def test_a_rank_that_hung_comes_back_through_vllms_recovery() -> None:
-    victim, others = 2, [0, 1, 3]
-    with Ranks(4, small(4), partial(comes_back, layer=Layer(), victim=victim)) as ranks:
+@pytest.mark.parametrize("victims", [[2], [2, 3]], ids=["one", "two"])
+def test_ranks_that_hung_come_back_through_vllms_recovery(victims: list[int]) -> None:
+    others = [rank for rank in range(4) if rank not in victims]
+    with Ranks(4, small(4), partial(come_back, layer=Layer(), victims=set(victims))) as ranks:
         ranks.hear_all(range(4), "ran")
-        ranks.stop(victim)
+        for victim in victims:
+            ranks.stop(victim)
         ranks.tell("go on", others)
         ranks.hear_all(others, "cleaned")
-        ranks.wake(victim)
-        ranks.tell("go on", [victim])
-        ranks.hear_all([victim], "cleaned")
+        for victim in victims:
+            ranks.wake(victim)
+        ranks.tell("go on", victims)
+        ranks.hear_all(victims, "cleaned")
         ranks.tell("all are", range(4))
         ranks.hear_all(range(4), "done")
         ranks.tell("close", range(4))
