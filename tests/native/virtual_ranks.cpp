@@ -35,6 +35,7 @@ struct Plan {
   bool by_windows;
   bool cuda_host;  // the CUDA kernels on their twin, stores held back
   i32 num_rounds;
+  i32 num_chunk_tokens;  // 2: so that most batches are streams
   i32 leaves_at() const { return num_rounds / 3; }
   i32 dies_at() const { return 2 * num_rounds / 3; }
 };
@@ -45,7 +46,7 @@ EndpointConfig config_of(i32 rank, const Plan& plan) {
   config.shape.num_experts = kNumExperts;
   config.shape.num_topk = kNumTopk;
   config.shape.num_max_tokens = kNumMaxTokens;
-  config.shape.num_chunk_tokens = plan.cuda_host ? kNumMaxTokens : 2;  // 2: so that most batches are streams
+  config.shape.num_chunk_tokens = plan.num_chunk_tokens;
   if (plan.cuda_host) config.machine = Machine::cuda_host;
   config.twin.weak = true;
   config.twin.seed = static_cast<u64>(rank) + 1;
@@ -217,7 +218,8 @@ void run_group(const Plan& plan) {
 }  // namespace
 
 int main() {
-  for (bool by_windows : {true, false}) run_group({by_windows, false, 600});
-  if (!kThreadSanitized) run_group({true, true, 90});
+  for (bool by_windows : {true, false}) run_group({by_windows, false, 600, 2});
+  for (i32 num_chunk_tokens : {kNumMaxTokens, 2})
+    if (!kThreadSanitized) run_group({true, true, 90, num_chunk_tokens});
   return num_failures.load() == 0 ? 0 : 1;
 }
