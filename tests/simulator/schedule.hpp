@@ -71,10 +71,8 @@ struct Schedule {
   i64 clock_skew_ns = 0;
   std::vector<Fault> faults;
 
-  bool must_finish = true;     // whoever is not at fault gets through all its rounds
-  bool all_come_in = false;    // nothing keeps a life that begins from becoming a member
-  bool long_stops_go = false;  // those who are well decide alone, and nobody of them sleeps
-  bool short_sleeps = false;   // none is long enough for anybody else to be late by it
+  bool must_finish = true;   // whoever is not at fault gets through all its rounds
+  bool all_come_in = false;  // nothing keeps a life that begins from becoming a member
   i32 num_lives() const;
 };
 

@@ -38,19 +38,10 @@ class Judge:
         expectation: the single-process evaluation.
         rank: whose steps.
         on_lost, reduce: of the group's config.
-        chunk_tokens: tokens of a chunk, if the batches are streams; ``None``: a batch is one chunk.
     """
 
-    def __init__(
-        self,
-        expectation: Expectation,
-        rank: int,
-        on_lost: str = "drop",
-        reduce: str = "owner",
-        chunk_tokens: int | None = None,
-    ) -> None:
+    def __init__(self, expectation: Expectation, rank: int, on_lost: str = "drop", reduce: str = "owner") -> None:
         self.expectation, self.rank, self.on_lost, self.reduce = expectation, rank, on_lost, reduce
-        self.chunk_tokens, self.num_ranks = chunk_tokens, expectation.batches.num_ranks
         self._expert_rank = torch.tensor(expectation.placement.expert_rank)
         self._local_experts = torch.tensor(expectation.placement.local_experts(rank), dtype=torch.int64)
 
@@ -93,25 +84,8 @@ class Judge:
         if not ((codes >= reference.DELIVERED) & (codes <= reference.UNROUTABLE)).all():
             return "a choice has no outcome"
         delivered = set(expert_rank[codes == reference.DELIVERED].tolist())
-        lost = set(expert_rank[codes == reference.LOST].tolist())
-        split = [rank for rank in sorted(delivered & lost) if self._is_split(codes, expert_rank == rank)]
-        where = "one chunk of their answers" if self.chunk_tokens else "one round"
-        return f"ranks {split} delivered some choices and lost others in {where}" if split else ""
-
-    def _is_split(self, codes: torch.Tensor, on_rank: torch.Tensor) -> bool:
-        """Whether a part of a rank's answer that comes whole or not at all did neither: of a stream, a chunk."""
-        if self.chunk_tokens is None:
-            return True
-        # Answers come in the order of tokens and choices, one for each or one for all of a token, so many to a chunk.
-        tokens = on_rank.nonzero()[:, 0]
-        if self.reduce == "expert":
-            chunks = torch.unique_consecutive(tokens, return_inverse=True)[1] // self.chunk_tokens
-        else:
-            most_local = max(len(self.expectation.placement.local_experts(rank)) for rank in range(self.num_ranks))
-            chunks = torch.arange(len(tokens)) // (self.chunk_tokens * min(codes.shape[1], most_local))
-        delivered = (codes[on_rank] == reference.DELIVERED).long()
-        num_delivered = torch.bincount(chunks, weights=delivered)
-        return bool(((num_delivered > 0) & (num_delivered < torch.bincount(chunks))).any())
+        split = delivered & set(expert_rank[codes == reference.LOST].tolist())
+        return f"ranks {sorted(split)} delivered some choices and lost others in one round" if split else ""
 
     def _wrong_out(self, step: int, out: torch.Tensor, codes: torch.Tensor) -> str:
         if (codes == reference.DELIVERED).all():
