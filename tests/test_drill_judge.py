@@ -139,3 +139,15 @@ def test_codes_that_cannot_be(expectation):
     split = codes_without(expectation, ALL_ACTIVE)
     split[0, 0] = reference.LOST
     assert "delivered some choices and lost others" in judged(expectation, split).why
+
+
+def test_a_holder_that_dies_in_mid_stream_has_delivered_whole_chunks(expectation):
+    codes = codes_without(expectation, ALL_ACTIVE)
+    codes[4:][codes_without(expectation, ALL_ACTIVE, (2,))[4:] == reference.LOST] = reference.LOST
+    assert (codes == reference.LOST).any()
+    out = expectation.expected_out(STEP, RANK, codes)
+    assert "in one round" in judged(expectation, codes, out=out).why
+    streams = Judge(expectation, RANK, chunk_tokens=2)
+    assert streams.accounts(STEP, out, codes, ALL_ACTIVE).exact
+    of_three = Judge(expectation, RANK, chunk_tokens=3)
+    assert "in the chunk from token 3 on" in of_three.accounts(STEP, out, codes, ALL_ACTIVE).why

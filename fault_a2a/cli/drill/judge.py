@@ -38,10 +38,19 @@ class Judge:
         expectation: the single-process evaluation.
         rank: whose steps.
         on_lost, reduce: of the group's config.
+        chunk_tokens: tokens of a chunk, if the batches are streams; ``None``: a batch is one chunk.
     """
 
-    def __init__(self, expectation: Expectation, rank: int, on_lost: str = "drop", reduce: str = "owner") -> None:
+    def __init__(
+        self,
+        expectation: Expectation,
+        rank: int,
+        on_lost: str = "drop",
+        reduce: str = "owner",
+        chunk_tokens: int | None = None,
+    ) -> None:
         self.expectation, self.rank, self.on_lost, self.reduce = expectation, rank, on_lost, reduce
+        self.chunk_tokens = chunk_tokens
         self._expert_rank = torch.tensor(expectation.placement.expert_rank)
         self._local_experts = torch.tensor(expectation.placement.local_experts(rank), dtype=torch.int64)
 
@@ -83,9 +92,15 @@ class Judge:
             return "unroutable must be the choices on ranks that the view left out, and no others"
         if not ((codes >= reference.DELIVERED) & (codes <= reference.UNROUTABLE)).all():
             return "a choice has no outcome"
-        delivered = set(expert_rank[codes == reference.DELIVERED].tolist())
-        split = delivered & set(expert_rank[codes == reference.LOST].tolist())
-        return f"ranks {sorted(split)} delivered some choices and lost others in one round" if split else ""
+        # All or nothing of a rank and round; of a stream, whose holder may die between two chunks, of each chunk.
+        for first in range(0, len(codes), self.chunk_tokens or max(len(codes), 1)):
+            part = slice(first, first + (self.chunk_tokens or len(codes)))
+            delivered = set(expert_rank[part][codes[part] == reference.DELIVERED].tolist())
+            split = delivered & set(expert_rank[part][codes[part] == reference.LOST].tolist())
+            if split:
+                where = f"the chunk from token {first} on" if self.chunk_tokens else "one round"
+                return f"ranks {sorted(split)} delivered some choices and lost others in {where}"
+        return ""
 
     def _wrong_out(self, step: int, out: torch.Tensor, codes: torch.Tensor) -> str:
         if (codes == reference.DELIVERED).all():

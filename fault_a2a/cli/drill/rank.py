@@ -117,7 +117,7 @@ class DrillRank:
     def __init__(self, rank: int, work: Work, store: Any, pipes: Pipes, live: bool, joins: bool = False) -> None:
         self.rank, self.drill, self.layer, self.pipes = rank, work.drill, work.layer, pipes
         self.expectation = work.expectation
-        self.judge = Judge(work.expectation, rank, self.drill.on_lost, self.drill.reduce)
+        self.judge = Judge(work.expectation, rank, self.drill.on_lost, self.drill.reduce, self.drill.chunk_tokens)
         self.local_experts = work.expectation.placement.local_experts(rank)
         self.random = random.Random(f"{self.drill.seed}/{rank}")
         self.layer.prepare(self.local_experts)
