@@ -141,13 +141,22 @@ def test_codes_that_cannot_be(expectation):
     assert "delivered some choices and lost others" in judged(expectation, split).why
 
 
-def test_a_holder_that_dies_in_mid_stream_has_delivered_whole_chunks(expectation):
+@pytest.mark.parametrize("reduce", ["owner", "expert"])
+def test_a_holder_that_dies_in_mid_stream_has_delivered_whole_chunks(expectation, reduce):
     codes = codes_without(expectation, ALL_ACTIVE)
-    codes[4:][codes_without(expectation, ALL_ACTIVE, (2,))[4:] == reference.LOST] = reference.LOST
-    assert (codes == reference.LOST).any()
-    out = expectation.expected_out(STEP, RANK, codes)
-    assert "in one round" in judged(expectation, codes, out=out).why
-    streams = Judge(expectation, RANK, chunk_tokens=2)
-    assert streams.accounts(STEP, out, codes, ALL_ACTIVE).exact
-    of_three = Judge(expectation, RANK, chunk_tokens=3)
-    assert "in the chunk from token 3 on" in of_three.accounts(STEP, out, codes, ALL_ACTIVE).why
+    on_2 = codes_without(expectation, ALL_ACTIVE, (2,)) == reference.LOST
+    tokens = on_2.any(dim=1).nonzero().flatten().tolist()
+    answers = tokens if reduce == "expert" else [int(token) for token in on_2.nonzero()[:, 0]]
+    assert len(tokens) >= 3 and len(answers) > 2, "rank 2 has to answer in more than one chunk"
+    num_whole = 1 if reduce == "expert" else 2  # a chunk of one token has room for both experts of a rank
+    first_lost = on_2.nonzero()[num_whole] if reduce == "owner" else torch.tensor([tokens[1], 0])
+    after = (torch.arange(NUM_TOKENS)[:, None] > first_lost[0]) | (
+        (torch.arange(NUM_TOKENS)[:, None] == first_lost[0]) & (torch.arange(3)[None] >= first_lost[1])
+    )
+    codes[on_2 & after] = reference.LOST
+    out = expectation.expected_out(STEP, RANK, codes, "drop", reduce)
+    whole = Judge(expectation, RANK, reduce=reduce).accounts(STEP, out, codes, ALL_ACTIVE)
+    assert "in one round" in whole.why
+    assert Judge(expectation, RANK, reduce=reduce, chunk_tokens=1).accounts(STEP, out, codes, ALL_ACTIVE).exact
+    of_many = Judge(expectation, RANK, reduce=reduce, chunk_tokens=NUM_TOKENS)
+    assert "in one chunk of their answers" in of_many.accounts(STEP, out, codes, ALL_ACTIVE).why

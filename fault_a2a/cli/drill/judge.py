@@ -50,7 +50,7 @@ class Judge:
         chunk_tokens: int | None = None,
     ) -> None:
         self.expectation, self.rank, self.on_lost, self.reduce = expectation, rank, on_lost, reduce
-        self.chunk_tokens = chunk_tokens
+        self.chunk_tokens, self.num_ranks = chunk_tokens, expectation.batches.num_ranks
         self._expert_rank = torch.tensor(expectation.placement.expert_rank)
         self._local_experts = torch.tensor(expectation.placement.local_experts(rank), dtype=torch.int64)
 
@@ -92,15 +92,26 @@ class Judge:
             return "unroutable must be the choices on ranks that the view left out, and no others"
         if not ((codes >= reference.DELIVERED) & (codes <= reference.UNROUTABLE)).all():
             return "a choice has no outcome"
-        # All or nothing of a rank and round; of a stream, whose holder may die between two chunks, of each chunk.
-        for first in range(0, len(codes), self.chunk_tokens or max(len(codes), 1)):
-            part = slice(first, first + (self.chunk_tokens or len(codes)))
-            delivered = set(expert_rank[part][codes[part] == reference.DELIVERED].tolist())
-            split = delivered & set(expert_rank[part][codes[part] == reference.LOST].tolist())
-            if split:
-                where = f"the chunk from token {first} on" if self.chunk_tokens else "one round"
-                return f"ranks {sorted(split)} delivered some choices and lost others in {where}"
-        return ""
+        delivered = set(expert_rank[codes == reference.DELIVERED].tolist())
+        lost = set(expert_rank[codes == reference.LOST].tolist())
+        split = [rank for rank in sorted(delivered & lost) if self._is_split(codes, expert_rank == rank)]
+        where = "one chunk of their answers" if self.chunk_tokens else "one round"
+        return f"ranks {split} delivered some choices and lost others in {where}" if split else ""
+
+    def _is_split(self, codes: torch.Tensor, on_rank: torch.Tensor) -> bool:
+        """Whether a part of a rank's answer that comes whole or not at all did neither: of a stream, a chunk."""
+        if self.chunk_tokens is None:
+            return True
+        # Answers come in the order of tokens and choices, one for each or one for all of a token, so many to a chunk.
+        tokens = on_rank.nonzero()[:, 0]
+        if self.reduce == "expert":
+            chunks = torch.unique_consecutive(tokens, return_inverse=True)[1] // self.chunk_tokens
+        else:
+            most_local = max(len(self.expectation.placement.local_experts(rank)) for rank in range(self.num_ranks))
+            chunks = torch.arange(len(tokens)) // (self.chunk_tokens * min(codes.shape[1], most_local))
+        delivered = (codes[on_rank] == reference.DELIVERED).long()
+        num_delivered = torch.bincount(chunks, weights=delivered)
+        return bool(((num_delivered > 0) & (num_delivered < torch.bincount(chunks))).any())
 
     def _wrong_out(self, step: int, out: torch.Tensor, codes: torch.Tensor) -> str:
         if (codes == reference.DELIVERED).all():
