@@ -125,9 +125,7 @@ void CpuMachine::judge_stalls(i64 now) {
     const u64 progress = excusable(load_acquire(Context::word(inbound, c_.at.progress)));
     const i64 timeout_ns = static_cast<i64>(load_relaxed(&c_.state->stall_ns[peer]));
     const bool slept = now - last_rest_ns_ > timeout_ns / 4 && guarded(guard_gap_restart);
-    // Whom a view takes back has the whole time again. Counted on, it would be suspected at once, view after view, until
-    // none has room any more.
-    if (progress != watch.progress || slept || is_suspect(*c_.state, peer)) {
+    if (progress != watch.progress || slept) {
       watch.progress = progress;
       watch.since_ns = now;
     }
