@@ -66,11 +66,8 @@ Agreement::Edges Agreement::read_edges(const std::vector<MemberReport>& reports,
         one = Followed();
         continue;
       }
-      if (one.stands)
-        follow(one, told, about, now_ns);
-      else
-        one.stands = true, edges.any_new |= !about.proven_dead;
-      if (one.since_ns == 0 || now_ns - one.since_ns < options_.settle_ns) {
+      follow(one, told, about, now_ns);
+      if (now_ns - one.since_ns < options_.settle_ns) {
         edges.any_unsettled = true;
         continue;
       }
@@ -319,7 +316,6 @@ AgreementStep Agreement::step(const std::vector<MemberReport>& reports, i64 now_
   for (i32 rank = 0; rank < options_.num_ranks; ++rank)
     if (reports[static_cast<size_t>(rank)].proven_dead && current_.view.active.has(rank)) proven.add(rank);
   const Edges edges = read_edges(reports, now_ns);
-  out.again = edges.any_new;
   const bool promised = promise_.epoch_plus_one == current_.view.epoch + 1;
   if (!promised) {
     out.promise = should_change(reports, edges, proven);
