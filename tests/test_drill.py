@@ -30,6 +30,8 @@ DRILLS = {
     "short stop": ["--stop", "1@10:40", "--silence-ms", "2000"],
     "long stop": ["--stop", "1@10:900", *QUICK],
     "long stop from outside": ["--stop", "3@10+500:900", *QUICK],
+    # Red without `silent_go`: by accusations and numbers alone the two that accuse them would go.
+    "half stopped": ["--stop", "1@10:900", "--stop", "2@10:900", *QUICK],
     "cut": ["--cut", "1-2@10", *QUICK],
     "slow": ["--slow", "1@10:1300", "--stall-ms", "500"],
     "a little slow": ["--slow", "1@10:200"],
@@ -120,6 +122,7 @@ def test_every_promise_holds(answers, name):
         ("short stop", [], None),
         ("long stop", [1], "silence"),
         ("long stop from outside", [3], "silence"),
+        ("half stopped", [1, 2], "silence"),
         ("slow", [1], "stall"),
         ("a little slow", [], None),
         ("cuda-host", [1], "exit"),

@@ -326,6 +326,18 @@ def test_a_minority_waits_for_the_stopped_to_wake(victims, must_go):
     assert report(drill, story)["ok"] is not must_go
 
 
+@pytest.mark.parametrize(
+    ("victims", "duration_ms", "must_go"),
+    [([1], 790, False), ([1], 850, True), ([1, 2], 850, False), ([1, 2], 950, True)],
+)
+def test_who_is_stopped_beside_another_may_be_waited_for_after_it(victims, duration_ms, must_go):
+    """With silence_ms 200: once and a half of it and 500 ms for one; for two, the one after the other."""
+    drill, story = healthy()
+    drill = replace(drill, faults=make_drill(stop=[f"{rank}@5:{duration_ms}" for rank in victims]).faults)
+    story.faults = [FaultStory(fault, at_ns=at(5), happened=True, woken_ns=at(405)) for fault in drill.faults]
+    assert report(drill, story)["ok"] is not must_go
+
+
 def test_evicted_for_a_stop_far_too_short():
     drill, story = stopped(duration_ms=20)
     red(drill, story, "rank 1 was evicted for a stop of 20 ms")

@@ -54,7 +54,10 @@ TABLE: dict[str, tuple[Callable[[], Wrong], tuple[str, ...]]] = {
 # the test walks them all (tests/native/ballots.cpp; with the guards in, in tests/test_agreement.py).
 EXPLORED = ("record_before_answer", "frozen_records", "records_at_accept")
 # What only time brings about is met in simulation (tests/test_simulation.py; more guards than this one are, as well).
-SIMULATED = ("own_kernel", "old_rounds_first", "mapped_place", "newcomer_once", "decided_leave", "beaten_since")
+SIMULATED = (
+    *("own_kernel", "old_rounds_first", "mapped_place", "newcomer_once", "decided_leave", "beaten_since"),
+    *("silent_go", "looked_again", "stall_awake"),
+)
 # Found by seeded schedules of lives that begin and end (tests/native/join_schedules.cpp, tests/test_joins.py).
 SCHEDULED = ("visitor_kept",)
 # About lives that end and begin, which takes processes.

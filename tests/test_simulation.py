@@ -15,6 +15,7 @@ MIXES = (
     *("delays", "crashes", "silent_deaths", "stops", "hung_kernels", "twice_given_up", "slept_watchers"),
     *("cut_links", "lost_hosts", "lost_stores", "late_stores", "false_accuser", "liars", "foreign", "everything"),
     *("silent_proposers", "growth", "planned_leaves", "joins", "rival_newcomers", "zombies"),
+    *("stopped_halves", "dozing_watchers"),
 )
 # guard -> (mix, other guards that must be out because they cover the same accident, a seed near which it is met, what
 # is then said). Seeds were found by running; when the protocol changes, others will be.
@@ -44,7 +45,10 @@ PLANTED: dict[str, tuple[str, tuple[str, ...], int, str]] = {
     "old_rounds_first": ("joins", (), 1, "lands in a partition that belongs to another life"),
     "mapped_place": ("rival_newcomers", (), 400, "by link"),
     "newcomer_once": ("growth", (), 1, "both are well"),
-    "beaten_since": ("silent_proposers", (), 1, "who is well, is out of epoch"),
+    "beaten_since": ("silent_proposers", ("silent_go",), 1, "who is well, is out of epoch"),
+    "silent_go": ("stopped_halves", (), 1, "stood still for long, and is in the last view"),
+    "looked_again": ("stopped_halves", (), 1, "who is well, is out of epoch"),
+    "stall_awake": ("dozing_watchers", (), 1, "who is well, is out of epoch"),
     "decided_leave": ("planned_leaves", (), 1, "has left as was decided"),
 }
 

@@ -14,16 +14,17 @@ from fault_a2a._core import core
 REASON_BYTES = 512  # what a view carries of a reason, its end included
 
 
-def ask(num_ranks, accusations, dead=(), past=None, members=None):
+def ask(num_ranks, accusations, dead=(), past=None, members=None, silent=()):
     members = range(num_ranks) if members is None else members
-    return core.verdict(num_ranks, list(members), list(dead), list(accusations), list(past or [0] * num_ranks))
+    past = list(past or [0] * num_ranks)
+    return core.verdict(num_ranks, list(members), list(dead), list(accusations), past, silent=list(silent))
 
 
 def evicted_by(num_ranks, accusations, **rest):
     return ask(num_ranks, accusations, **rest)[1]
 
 
-def oracle(num_ranks, accusations, dead=(), past=None, members=None):
+def oracle(num_ranks, accusations, dead=(), past=None, members=None, silent=()):
     """The rule read out loud: (next, evicted). Shares no idea with the search, tries every subset by size."""
     members = set(range(num_ranks) if members is None else members)
     past = past or [0] * num_ranks
@@ -36,7 +37,8 @@ def oracle(num_ranks, accusations, dead=(), past=None, members=None):
 
     def order(choice):
         num_now = sum((a in choice) + (b in choice) for a, b in live)
-        return num_now + sum(past[r] for r in choice), sorted(choice, reverse=True)
+        num_silent = len(set(choice) & set(silent))
+        return num_silent, num_now + sum(past[r] for r in choice), sorted(choice, reverse=True)
 
     evicted = (members & set(dead)) | set(max(choices, key=order))
     return sorted(members - evicted), sorted(evicted)
@@ -81,7 +83,8 @@ def test_every_matrix_of_four_ranks_with_every_dead_set():
     for accusations in subsets(all_pairs(4)):
         for dead in subsets(range(4)):
             past = random_past(rng, 4) if rng.random() < 0.5 else None
-            check_against_oracle(4, accusations, dead=dead, past=past)
+            silent = [r for r in range(4) if rng.random() < 0.3]
+            check_against_oracle(4, accusations, dead=dead, past=past, silent=silent)
 
 
 @pytest.mark.parametrize("num_ranks", [5, 6, 7, 8, 9])
@@ -94,7 +97,8 @@ def test_seeded_matrices(num_ranks):
         dead = [r for r in range(num_ranks) if rng.random() < 0.15]
         members = [r for r in range(num_ranks) if rng.random() < 0.9]
         past = random_past(rng, num_ranks) if rng.random() < 0.6 else None
-        check_against_oracle(num_ranks, accusations, dead=dead, past=past, members=members)
+        silent = [r for r in range(num_ranks) if rng.random() < 0.3]
+        check_against_oracle(num_ranks, accusations, dead=dead, past=past, members=members, silent=silent)
 
 
 def test_few_sick_among_many_is_exact_beyond_the_brute_force_sizes():
@@ -168,6 +172,21 @@ def test_a_large_past_does_not_wrap():
     past = [0, 2**32 - 1, 2**32 - 1, 0, 1, 0]
     assert evicted_by(6, [(0, 1), (1, 2), (2, 3)], past=past) == [1, 2]
     assert evicted_by(2, [(0, 1), (1, 0)], past=[2**32 - 1, 0]) == [0]
+
+
+@pytest.mark.parametrize("silent", [[1, 2], [0, 3], [2, 3], [1, 3]])
+def test_half_that_stands_still_goes_whichever_ranks_it_has(silent):
+    """Guard: silent ranks. By accusations and rank numbers alone 0 and 3 go for accusing 1 and 2, who are stopped."""
+    well = [rank for rank in range(4) if rank not in silent]
+    accusations = [(a, b) for a in well for b in silent]
+    assert evicted_by(4, accusations, silent=silent, past=[2**32 - 1 if r in well else 0 for r in range(4)]) == silent
+    assert evicted_by(4, [(0, 1), (0, 2), (3, 1), (3, 2)]) == [0, 3]
+
+
+def test_silence_never_costs_a_rank_more():
+    """Guard: silence ranks below the size. Whoever accuses all goes, also while beats are late."""
+    assert evicted_by(8, [(3, other) for other in range(8)], silent=[0, 1, 2, 4, 5]) == [3]
+    assert evicted_by(4, [(0, 1), (1, 0)], silent=[2, 3]) == [1], "of ranks that nobody accuses it means nothing"
 
 
 def test_what_a_rank_wrote_before_it_died_does_not_count():
@@ -318,6 +337,10 @@ def test_reasons_read_like_sentences():
     assert ask(16, [(a, b) for a in range(8) for b in range(8, 16)])[3] == (
         "ranks 8-15 evicted: each is accused by ranks 0-7 and the tie goes against the choice with the higher ranks"
     )
+    assert ask(4, [(0, 1), (0, 2), (3, 1), (3, 2)], silent=[1, 2])[3] == (
+        "ranks 1, 2 evicted: each is accused by ranks 0, 3, "
+        "and no equally small choice has as many ranks that have not beaten since"
+    )
     separate = [(rank, rank + 1) for rank in range(0, 60, 2)]
     assert ask(60, separate)[3].endswith("; ranks 11, 13, 15, 17 and 21 more evicted: for further accusations"), (
         "a long reason names the rest, and is not cut in the middle of a word"
@@ -335,6 +358,7 @@ def test_reasons_read_like_sentences():
         ((4, [0], [-1], [], [0] * 4), "proven_dead"),
         ((4, [0], [], [(0, 4)], [0] * 4), "accusations"),
         ((4, [0], [], [], [0] * 3), "past_edges"),
+        ((4, [0], [], [], [0] * 4, [], [4]), "silent"),
     ],
 )
 def test_misuse_names_the_argument(arguments, named):

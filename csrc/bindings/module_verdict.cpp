@@ -36,7 +36,7 @@ std::vector<i32> to_list(const RankSet& ranks) {
 std::tuple<std::vector<i32>, std::vector<i32>, bool, std::string> verdict_of_lists(
     i32 num_ranks, const std::vector<i32>& members, const std::vector<i32>& proven_dead,
     const std::vector<std::pair<i32, i32>>& accusations, const std::vector<u32>& past_edges,
-    const std::vector<i32>& hosts) {
+    const std::vector<i32>& hosts, const std::vector<i32>& silent) {
   if (num_ranks < 1 || num_ranks > kMaxRanks)
     throw py::value_error("num_ranks is " + std::to_string(num_ranks) + "; pass 1 to " + std::to_string(kMaxRanks));
   if (past_edges.size() != static_cast<size_t>(num_ranks))
@@ -56,6 +56,7 @@ std::tuple<std::vector<i32>, std::vector<i32>, bool, std::string> verdict_of_lis
   input.accused_by = accused_by.data();
   input.past_edges = past_edges.data();
   input.host_of = hosts.empty() ? nullptr : hosts.data();
+  input.silent = to_set(silent, num_ranks, "silent");
   Verdict found;
   {
     py::gil_scoped_release unlocked;
@@ -69,8 +70,10 @@ std::tuple<std::vector<i32>, std::vector<i32>, bool, std::string> verdict_of_lis
 void bind_verdict(py::module_& m) {
   m.def("verdict", &verdict_of_lists, py::arg("num_ranks"), py::arg("members"), py::arg("proven_dead"),
         py::arg("accusations"), py::arg("past_edges"), py::arg("hosts") = std::vector<i32>(),
+        py::arg("silent") = std::vector<i32>(),
         "Who stays: (next, evicted, exact, reason). accusations are (accuser, accused) pairs; past_edges[r] counts the "
-        "accusations rank r was part of in earlier epochs; hosts[r] is the host of rank r (empty: one rank a host).");
+        "accusations rank r was part of in earlier epochs; hosts[r] is the host of rank r (empty: one rank a host); "
+        "silent ranks have not beaten since they were accused.");
 }
 
 }  // namespace fa2a

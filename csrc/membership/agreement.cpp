@@ -7,12 +7,19 @@
 
 namespace fa2a {
 
+namespace {
+
+// Of an accuser's beat, until it has looked around after the accused beat: the turn of the first new beat may have
+// begun before that, the turn of the second has not, and is over once there is a third.
+constexpr i32 kLooksToTakeBack = 3;
+
+}  // namespace
+
 Agreement::Agreement(const AgreementOptions& options, const Decision& first)
     : options_(options),
       current_(first),
       consensus_(options.rank, options.num_ranks, options.stagger_ns),
-      first_seen_ns_(static_cast<size_t>(options.num_ranks) * static_cast<size_t>(options.num_ranks), 0),
-      beat_then_(first_seen_ns_.size(), 0) {
+      accusations_(static_cast<size_t>(options.num_ranks) * static_cast<size_t>(options.num_ranks)) {
   consensus_.begin_epoch(first);
 }
 
@@ -27,7 +34,14 @@ void Agreement::installed(const Decision& decision) {
   consensus_.begin_epoch(decision);
   has_learned_ = proposed_ = false;
   changing_since_ns_ = ready_since_ns_ = 0;
-  first_seen_ns_.assign(first_seen_ns_.size(), 0);
+  accusations_.assign(accusations_.size(), Followed());
+}
+
+void Agreement::follow(Followed& one, const MemberReport& accuser, const MemberReport& accused, i64 now_ns) const {
+  if (one.since_ns == 0) one.since_ns = now_ns, one.accused_beat = accused.beat;
+  if (one.beats && accuser.beat != one.accuser_beat) ++one.num_looks;
+  one.accuser_beat = accuser.beat;
+  one.beats |= accused.beat != one.accused_beat;
 }
 
 // Edges count once they are `settle` old by this rank's own clock, so that everybody who suffers from the same rank has
@@ -36,30 +50,34 @@ Agreement::Edges Agreement::read_edges(const std::vector<MemberReport>& reports,
   Edges edges;
   const i32 n = options_.num_ranks;
   edges.accused_by.resize(static_cast<size_t>(n));
+  edges.not_looked_again.resize(static_cast<size_t>(n));
   for (i32 accuser = 0; accuser < n; ++accuser) {
-    const u64* row = reports[static_cast<size_t>(accuser)].accusations;
-    if (row == nullptr || !current_.view.active.has(accuser)) continue;
+    const MemberReport& told = reports[static_cast<size_t>(accuser)];
+    if (told.accusations == nullptr || !current_.view.active.has(accuser)) continue;
     for (i32 accused = 0; accused < n; ++accused) {
-      const size_t edge = static_cast<size_t>(accuser) * static_cast<size_t>(n) + static_cast<size_t>(accused);
-      i64& first_seen = first_seen_ns_[edge];
-      const u64 word = load_acquire(row + accused);
+      const MemberReport& about = reports[static_cast<size_t>(accused)];
+      Followed& one =
+          accusations_[static_cast<size_t>(accuser) * static_cast<size_t>(n) + static_cast<size_t>(accused)];
+      const u64 word = load_acquire(told.accusations + accused);
       const bool live = accused != accuser && current_.view.active.has(accused) &&
                         accusation_field::Kind::unpack(word) != 0 &&
                         accusation_field::Epoch::unpack(word) == current_.view.epoch;
       if (!live) {
-        first_seen = 0;
+        one = Followed();
         continue;
       }
-      const u64 beat = reports[static_cast<size_t>(accused)].beat;
-      if (first_seen == 0) first_seen = now_ns, beat_then_[edge] = beat;
-      if (now_ns - first_seen < options_.settle_ns) {
+      follow(one, told, about, now_ns);
+      if (now_ns - one.since_ns < options_.settle_ns) {
         edges.any_unsettled = true;
         continue;
       }
       edges.accused_by[static_cast<size_t>(accuser)].add(accused);
       edges.any_settled = true;
-      const bool counts = !reports[static_cast<size_t>(accuser)].proven_dead;
-      if (counts && beat == beat_then_[edge]) edges.silent_since.add(accused);
+      if (told.proven_dead) continue;
+      if (!one.beats)
+        edges.silent_since.add(accused);
+      else if (one.num_looks < kLooksToTakeBack)
+        edges.not_looked_again[static_cast<size_t>(accuser)].add(accused);
     }
   }
   return edges;
@@ -179,6 +197,15 @@ Decision Agreement::make_proposal(const std::vector<MemberReport>& reports, cons
   return proposal;
 }
 
+// May this rank go for what it accuses those of who stay? Whoever is woken and beats is accused until its accusers have
+// looked again: those who did so first stay, and the one who is a moment later would go for having been right.
+bool Agreement::may_go_for(const Edges& edges, const std::vector<MemberReport>& reports, i32 accuser,
+                           const RankSet& next) const {
+  if (!guarded(guard_looked_again) || next.has(accuser) || edges.silent_since.has(accuser)) return true;
+  if (reports[static_cast<size_t>(accuser)].proven_dead) return true;
+  return (edges.not_looked_again[static_cast<size_t>(accuser)] & next).empty();
+}
+
 Agreement::Prospect Agreement::consider(const std::vector<MemberReport>& reports, const Edges& edges,
                                         const RankSet& proven, i64 now_ns, AgreementStep& out) {
   VerdictInput input;
@@ -188,6 +215,9 @@ Agreement::Prospect Agreement::consider(const std::vector<MemberReport>& reports
   input.accused_by = edges.accused_by.data();
   input.past_edges = current_.past_edges;
   input.host_of = options_.host_of.empty() ? nullptr : options_.host_of.data();
+  if (guarded(guard_silent_go))
+    for (i32 rank = 0; rank < options_.num_ranks; ++rank)
+      if (edges.silent_since.has(rank) && reports[static_cast<size_t>(rank)].beat != 0) input.silent.add(rank);
   const Verdict verdict = fa2a::verdict(input);
 
   Prospect prospect;
@@ -212,6 +242,11 @@ Agreement::Prospect Agreement::consider(const std::vector<MemberReport>& reports
   if (guarded(guard_beaten_since)) {
     all_promised &= unheard.empty();
     out.waits_for = out.waits_for | unheard;
+  }
+  for (i32 rank = 0; rank < options_.num_ranks; ++rank) {
+    if (may_go_for(edges, reports, rank, verdict.next)) continue;
+    all_promised = false;
+    out.waits_for.add(rank);  // if it never looks again, it is silent itself
   }
   // A quorum of promises is not enough: a member that has not promised may be starting the round that the others call
   // the next view's first.

@@ -35,6 +35,7 @@ struct AgreementStep {
   bool evicted = false;      // the group went on without this rank
   bool quorum_lost = false;  // no right to go on for now
   RankSet waits_for;         // members whose promise is missing: their silence counts
+  bool again = false;        // an accusation was read for the first time: take the next step at once
 };
 
 class Agreement {
@@ -61,8 +62,23 @@ class Agreement {
     std::vector<RankSet> accused_by;  // settled only
     bool any_settled = false;
     bool any_unsettled = false;
+    bool any_new = false;
     RankSet silent_since;  // accused by one who lives, and has not beaten since
+    // [accuser]: whom it accuses although that rank beats, without a look at it since that this rank knows of.
+    std::vector<RankSet> not_looked_again;
   };
+  // One accusation as this rank has followed it. Clock and beats are those of the step after the one that read it
+  // first: this thread may have slept between its look at them and at the accusation, which is younger than both then.
+  struct Followed {
+    bool stands = false;
+    i64 since_ns = 0;      // 0: not followed yet
+    u64 accused_beat = 0;  // at that time
+    u64 accuser_beat = 0;  // last seen
+    bool beats = false;    // the accused has beaten since
+    i32 num_looks = 0;     // how often the accuser's beat was seen to move after that
+  };
+  void follow(Followed& one, const MemberReport& accuser, const MemberReport& accused, i64 now_ns) const;
+  bool may_go_for(const Edges& edges, const std::vector<MemberReport>& reports, i32 accuser, const RankSet& next) const;
   Edges read_edges(const std::vector<MemberReport>& reports, i64 now_ns);
   bool should_change(const std::vector<MemberReport>& reports, const Edges& edges, const RankSet& proven) const;
   StepChange change_to_promise(const std::vector<MemberReport>& reports) const;
@@ -96,8 +112,7 @@ class Agreement {
   bool proposed_ = false;
   i64 changing_since_ns_ = 0;
   i64 ready_since_ns_ = 0;
-  std::vector<i64> first_seen_ns_;  // [accuser * num_ranks + accused]; 0: not accused now
-  std::vector<u64> beat_then_;      // the same: of the accused, when the accusation was first seen
+  std::vector<Followed> accusations_;  // [accuser * num_ranks + accused]
 };
 
 }  // namespace fa2a

@@ -29,6 +29,29 @@ i64 Detector::restarted(i64 timeout_ns) const {
   return last;
 }
 
+namespace {
+
+// To another round or phase. A tick alone takes no stall back: before the one who waits for it, a tick excuses nobody
+// (`mutual_wait`), and its kernel goes on holding the stall against it, view after view of the same members.
+bool has_come_on(u64 progress, u64 since) {
+  return progress_field::Round::unpack(progress) != progress_field::Round::unpack(since) ||
+         progress_field::Phase::unpack(progress) != progress_field::Phase::unpack(since);
+}
+
+}  // namespace
+
+void Detector::hear(Peer& peer, const PeerSample& sample, const Timeouts& timeouts) const {
+  if (peer.beat_since_ns != 0 && (!sample.readable || sample.process_beat == peer.beat)) return;
+  // What this watcher slept itself is no pause of the peer.
+  const i64 last_look_ns = now_ns_ - gap_ns_;
+  // Once at one place: on a host that pauses again and again a kernel that hangs would be excused for ever.
+  if (peer.beat_since_ns != 0 && last_look_ns - peer.beat_since_ns > timeouts.silence_ns / 4 &&
+      sample.progress != peer.woke_progress && guarded(guard_stall_awake))
+    peer.woke_ns = now_ns_, peer.woke_progress = sample.progress;
+  peer.beat = sample.process_beat;
+  peer.beat_since_ns = now_ns_;
+}
+
 Evidence Detector::judge_silence(Peer& peer, const OwnWait& wait, const Timeouts& timeouts) const {
   if (wait.since_ns == 0 && guarded(guard_waited_only)) return Evidence::none;
   const i64 since = std::max({peer.beat_since_ns, wait.since_ns, restarted(timeouts.silence_ns)});
@@ -79,11 +102,11 @@ Evidence Detector::judge(i32 rank, const PeerSample& sample, const OwnWait& wait
   // A planned leave is published before the death word is let go, so it must be looked at first.
   if (sample.readable && sample.life == Life::left) return peer.evidence = Evidence::left;
   if (sample.owner_died || sample.has_exited) return peer.evidence = Evidence::exit;
-  if (peer.beat_since_ns == 0 || (sample.readable && sample.process_beat != peer.beat)) {
-    peer.beat = sample.process_beat;
-    peer.beat_since_ns = now_ns_;
-  }
-  if (wait.kernel_suspects && peer.evidence == Evidence::none) {
+  hear(peer, sample, timeouts);
+  // A kernel counts by the peer's progress alone, and by its own clock. Time in which the peer did not beat is silence.
+  const bool moves_on = peer.woke_ns != 0 && sample.progress != peer.woke_progress;
+  if (moves_on || now_ns_ - peer.woke_ns >= timeouts.stall_ns) peer.woke_ns = 0;
+  if (wait.kernel_suspects && peer.evidence == Evidence::none && peer.woke_ns == 0 && !moves_on) {
     peer.stall_progress = sample.progress;
     peer.evidence = Evidence::stall;
   }
@@ -91,7 +114,8 @@ Evidence Detector::judge(i32 rank, const PeerSample& sample, const OwnWait& wait
   if (found == Evidence::none && sample.readable) found = judge_link(peer, sample, wait, timeouts);
   if (found != Evidence::none) return peer.evidence = found;
   // Withdrawn as soon as what it rested on has moved; the suspicion itself stays until a view lifts it.
-  const bool moved = peer.evidence == Evidence::stall     ? sample.progress != peer.stall_progress
+  const bool moved = peer.evidence == Evidence::stall
+                         ? has_come_on(sample.progress, peer.stall_progress) || peer.woke_ns != 0
                      : peer.evidence == Evidence::silence ? now_ns_ - peer.beat_since_ns < timeouts.silence_ns
                                                           : false;
   if (moved) peer.evidence = Evidence::none;

@@ -31,6 +31,7 @@ struct OwnWait {
 struct Timeouts {
   i64 silence_ns = 0;
   i64 link_ns = 0;
+  i64 stall_ns = 0;
 };
 
 // Deadlines measure silence, not lateness: a peer that is late because it waits for somebody dead still beats. With one
@@ -46,15 +47,20 @@ class Detector {
   // Another life of that rank: what was held against the one before does not count.
   void forget(i32 rank) { peers_[static_cast<size_t>(rank)] = Peer(); }
   Evidence judge(i32 peer, const PeerSample& sample, const OwnWait& wait, const Timeouts& timeouts);
+  // It beats again, and has had no time to move on: what a kernel holds against it is no evidence yet.
+  bool is_waking(i32 peer) const { return peers_[static_cast<size_t>(peer)].woke_ns != 0; }
 
  private:
   struct Peer {
     u64 beat = 0;
-    i64 beat_since_ns = 0;   // when that beat was first seen
-    i64 link_since_ns = 0;   // since when it says it signalled and nothing came; 0: not so
-    u64 stall_progress = 0;  // where it stood when a kernel of ours suspected it
+    i64 beat_since_ns = 0;      // when that beat was first seen
+    i64 woke_ns = 0;            // when it last beat after a pause that was its own; 0: it has moved on, or never paused
+    u64 woke_progress = ~0ull;  // where it stood then
+    i64 link_since_ns = 0;      // since when it says it signalled and nothing came; 0: not so
+    u64 stall_progress = 0;     // where it stood when a kernel of ours suspected it
     Evidence evidence = Evidence::none;
   };
+  void hear(Peer& peer, const PeerSample& sample, const Timeouts& timeouts) const;
   Evidence judge_silence(Peer& peer, const OwnWait& wait, const Timeouts& timeouts) const;
   bool looks_no_more(const OwnWait& wait, i64 link_ns);
   Evidence judge_link(Peer& peer, const PeerSample& sample, const OwnWait& wait, const Timeouts& timeouts);

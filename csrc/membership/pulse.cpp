@@ -29,6 +29,7 @@ Pulse::Pulse(std::vector<ControlPage*> pages, RankState& state, const PulseOptio
       detector_(options.agreement.num_ranks),
       reports_(pages_.size()),
       copies_(pages_.size()),
+      awaited_since_ns_(pages_.size(), 0),
       visitors_(pages_.size()),
       agreement_(options.agreement, first),
       ignored_until_ns_(pages_.size(), 0),
@@ -142,7 +143,7 @@ Evidence Pulse::look_at(i32 rank) {
 
   OwnWait wait;
   wait.since_ns = waiting_since(rank);
-  if (wait.since_ns == 0 && awaited_promises_.has(rank)) wait.since_ns = awaited_since_ns_;
+  if (wait.since_ns == 0 && awaited_promises_.has(rank)) wait.since_ns = awaited_since_ns_[static_cast<size_t>(rank)];
   wait.absent = load_relaxed(&state_.waiting_peer) == static_cast<u64>(rank) + 1;
   wait.word = load_relaxed(&state_.waiting_word);
   wait.progress = load_relaxed(&own().progress);
@@ -152,7 +153,8 @@ Evidence Pulse::look_at(i32 rank) {
   const bool is_stalled = load_acquire(&state_.stalled_in[rank]) == newest_view(state_.ring).epoch + 1;
   wait.kernel_suspects = (is_suspect(state_, rank) || is_stalled) && !marked_.has(rank) &&
                          !(sample.readable && is_held_back(copies_[static_cast<size_t>(rank)].promise, page, state_));
-  const Timeouts timeouts{static_cast<i64>(load_relaxed(&state_.silence_ns[rank])), options_.link_ns};
+  const Timeouts timeouts{static_cast<i64>(load_relaxed(&state_.silence_ns[rank])), options_.link_ns,
+                          static_cast<i64>(load_relaxed(&state_.stall_ns[rank]))};
   return detector_.judge(rank, sample, wait, timeouts);
 }
 
@@ -160,7 +162,7 @@ void Pulse::accuse(i32 rank, Evidence kind) {
   u64& word = own().accusations[rank];
   const u64 epoch = newest_view(state_.ring).epoch;
   const u64 value = kind == Evidence::none ? 0 : pack_accusation(epoch, kind);
-  if (is_suspect(state_, rank)) marked_.add(rank);
+  if (is_suspect(state_, rank) && !detector_.is_waking(rank)) marked_.add(rank);
   if (load_relaxed(&word) == value) return;
   const bool new_evidence =
       kind != Evidence::none && accusation_field::Kind::unpack(load_relaxed(&word)) != static_cast<u64>(kind);
@@ -186,7 +188,9 @@ void Pulse::agree(i64 now) {
     MemberReport& report = reports_[static_cast<size_t>(rank)];
     report = MemberReport();
     report.proven_dead = proven_dead_.has(rank);
-    report.accused = is_suspect(state_, rank);
+    // A kernel holds for the one that wakes, and no view lifts that before it moves on: the kernel would hold again at
+    // once, view after view.
+    report.accused = is_suspect(state_, rank) && (marked_.has(rank) || !detector_.is_waking(rank));
     if (rank != options_.agreement.rank && !readable(rank)) continue;
     const auto at = static_cast<size_t>(rank);
     read_page(*pages_[at], options_.agreement.by_windows, copies_[at], report);
@@ -208,7 +212,9 @@ void Pulse::apply(AgreementStep& step, i64 now) {
     ring_pulse(own());  // look again at once: mine may have been the last one missing
   }
   publish_ballots(step);
-  if (step.waits_for != awaited_promises_) awaited_since_ns_ = now;
+  if (step.again) ring_pulse(own());
+  for (i32 rank = 0; rank < options_.agreement.num_ranks; ++rank)
+    if (step.waits_for.has(rank) && !awaited_promises_.has(rank)) awaited_since_ns_[static_cast<size_t>(rank)] = now;
   awaited_promises_ = step.waits_for;
   if (step.propose) {
     proposal_ = step.proposal;

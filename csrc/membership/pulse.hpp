@@ -138,7 +138,7 @@ class Pulse {
   RankSet marked_;                  // suspicions already accounted for
   RankSet proven_dead_;
   RankSet awaited_promises_;
-  i64 awaited_since_ns_ = 0;
+  std::vector<i64> awaited_since_ns_;  // of each rank in awaited_promises_
   bool poke_ = false;
   u64 announced_epoch_ = 0;  // of the decision on this rank's page
   u32 heard_ = 0;            // the bell as it stood before this turn's look around

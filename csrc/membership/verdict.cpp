@@ -18,11 +18,21 @@ struct Accusations {
   std::vector<RankSet> made;        // [num_ranks]
   std::vector<RankSet> neighbours;  // [num_ranks], either direction
   std::vector<u64> num_edges;       // [num_ranks]: directed ones now, made or received, plus past ones
+  RankSet silent;                   // of those who are part of one
+
+  // More than all accusations that there can be: 2^32 past ones of each of 2^10 ranks, and those of now.
+  static constexpr u64 kSilentWeight = 1ull << 48;
+  std::vector<u64> weights() const {
+    std::vector<u64> out = num_edges;
+    for (i32 rank = 0; rank < static_cast<i32>(out.size()); ++rank)
+      if (silent.has(rank)) out[static_cast<size_t>(rank)] += kSilentWeight;
+    return out;
+  }
 };
 
 Accusations live_accusations(const VerdictInput& input, i32 num_ranks, const RankSet& alive) {
   Accusations live{std::vector<RankSet>(num_ranks), std::vector<RankSet>(num_ranks),
-                   std::vector<u64>(input.past_edges, input.past_edges + num_ranks)};
+                   std::vector<u64>(input.past_edges, input.past_edges + num_ranks), input.silent & alive};
   for (i32 a = 0; a < num_ranks; ++a) {
     if (!alive.has(a)) continue;
     live.made[a] = input.accused_by[a] & alive;
@@ -77,6 +87,7 @@ std::string name_rule(const VerdictInput& input, const Accusations& live, const 
                       const RankSet& kept) {
   if (cover.in_every_smallest.has(rank)) return "any other choice would cost more ranks";
   if (cover.in_every_heaviest.has(rank)) {
+    if (live.silent.has(rank)) return "no equally small choice has as many ranks that have not beaten since";
     std::string text = "no equally small choice has as many accusations (here " + std::to_string(live.num_edges[rank]);
     const u32 num_past = input.past_edges[rank];
     if (num_past > 0) text += ", " + std::to_string(num_past) + " of them in earlier epochs";
@@ -190,7 +201,7 @@ Verdict verdict(const VerdictInput& input) {
   const RankSet dead = members & input.proven_dead;
   const RankSet alive = members.without(dead);
   const Accusations live = live_accusations(input, num_ranks, alive);
-  const Cover cover = smallest_cover(live.neighbours, live.num_edges);
+  const Cover cover = smallest_cover(live.neighbours, live.weights());
 
   const Choice choice = choose(input, alive, live, cover);
 

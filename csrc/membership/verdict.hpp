@@ -13,10 +13,14 @@
 // The rule. Members proven dead go, and their accusations with them: what a rank wrote before it died may be the reason
 // it died, and is no reason to lose a second rank. Of the others the fewest go that leave no accusation between two
 // kept members (a minimum vertex cover of the accusations, whichever way they point). Between choices of the same size:
-//   1. the one with more accusations goes: directed accusations now, plus `past_edges`, summed over its ranks. This is
+//   1. the one with more silent ranks goes. Two of four that stand still are accused by the other two, four accusations
+//      that the well ones could end by going as well as the silent. This is the one thing about an accused rank that
+//      the reader sees for itself. It ranks below the size, so that a rank that accuses everybody does not cost those
+//      whose beat happens to be late;
+//   2. then the one with more accusations: directed accusations now, plus `past_edges`, summed over its ranks. This is
 //      what stops a serial accuser, which breaks with one rank per epoch: after the first it has a past, its next
 //      victim has none, and it goes itself. It costs at most one other rank;
-//   2. then the one with the higher ranks: of two choices, the one that holds the highest rank in which they differ.
+//   3. then the one with the higher ranks: of two choices, the one that holds the highest rank in which they differ.
 // These rules order all choices totally, so every rank that sees the same input picks the same view.
 //
 // A host that is cut off is one event, and goes as one. Rank by rank, the fewest that end all accusations across a lost
@@ -44,6 +48,7 @@ struct VerdictInput {
   // and bits of ranks that are proven dead or no members.
   const RankSet* accused_by = nullptr;
   const u32* past_edges = nullptr;  // [num_ranks]; accusations each rank was part of in closed epochs
+  RankSet silent;                   // accused by one who lives, and seen not to have beaten since
   const i32* host_of = nullptr;     // [num_ranks]; any numbers, equal on one host; nullptr: one rank a host
 };
 

@@ -47,6 +47,9 @@ namespace fa2a {
   X(mapped_place)         /* nobody holds for one that has not mapped what is kept for it now  */ \
   X(newcomer_once)        /* whoever has come in is no newcomer at the next step start         */ \
   X(beaten_since)         /* nobody accused is kept who has not beaten since                   */ \
+  X(silent_go)            /* of two equally small choices the one with more silent ranks goes  */ \
+  X(looked_again)         /* nobody goes for an accusation that it had no time to take back    */ \
+  X(stall_awake)          /* whoever did not beat meanwhile did not stall                      */ \
   X(decided_leave)        /* a rank that left as was decided is not accused of it              */ \
   X(frozen_set)           /* what a rank has in a collective is not taken anew in a later view */ \
   X(say_epoch)            /* sets of two epochs are not counted together                       */ \

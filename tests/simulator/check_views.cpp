@@ -58,7 +58,7 @@ bool World::may_go(const Member& member, const View& next) const {
   for (i32 rank = 0; rank < schedule_.num_ranks; ++rank) {
     const Member* other = next.active.has(rank) ? life_in(next, rank) : nullptr;
     if (other == nullptr || !faulty_.has(other->life)) continue;
-    if (silent_.has(other->life) && !other->ever_stood_still) continue;
+    if (!other->ever_hung && rank != accuser_ && !lies(*other)) continue;
     if (member.suspects.has(rank) || other->suspects.has(member.rank)) return true;
   }
   return false;

@@ -181,6 +181,8 @@ void World::check_end() {
     any_inside |= lives && newest.active.has(member.rank);
     if (schedule_.all_come_in && member.end == End::not_let_in)
       fail("P8: " + name_of(member) + " may come in, and was not let in");
+    if (any_inside && member.must_go && newest.active.has(member.rank))
+      fail("P5: " + name_of(member) + " stood still for long, and is in the last view");
     // Who cannot read the others' pages cannot know.
     if (lives && member.is_in && isolated_.empty()) check_end_of(member, newest);
   }

@@ -18,7 +18,7 @@ i32 some_rank(const Schedule& s, Dice& dice) { return static_cast<i32>(dice.belo
 Fault& add(Schedule& s, Dice& dice, FaultKind kind, i32 rank) {
   Fault fault;
   fault.kind = kind;
-  fault.rank = rank;
+  fault.rank = fault.other = rank;
   fault.round = static_cast<i32>(dice.below(static_cast<u64>(s.num_rounds)));
   fault.accesses = 1 + static_cast<i64>(dice.below(static_cast<u64>(150 * s.num_ranks)));
   if (!s.faults.empty() && dice.one_in(2)) {
@@ -64,6 +64,44 @@ void stops(Schedule& s, Dice& dice) {
   for (i32 i = 0, number = 1 + static_cast<i32>(dice.below(3)); i < number; ++i)
     add(s, dice, FaultKind::stop, some_rank(s, dice)).duration_ns =
         dice.between(kMs, dice.one_in(2) ? 20 * kMs : 90 * kMs);
+}
+
+// As many are stopped as are well, at about the same time: by size alone, either half could go. Some are woken before
+// all of the others have missed them.
+void stopped_halves(Schedule& s, Dice& dice) {
+  s.must_finish = false;  // those who are well decide alone only if the lowest is one of them
+  s.num_ranks = dice.one_in(3) ? 6 : 4;
+  s.long_stops_go = true;
+  const i64 duration_ns = dice.between(kSilenceMs * kMs, 5 * kSilenceMs * kMs);
+  for (i32 rank : some_ranks(s, dice, s.num_ranks / 2)) {
+    const bool is_first = s.faults.empty();
+    Fault& stop = add(s, dice, FaultKind::stop, rank);
+    if (!is_first) stop.after = 0, stop.delay_ns = dice.heavy(dice.one_in(2) ? kMs : 12 * kMs);
+    stop.duration_ns = duration_ns + dice.heavy(dice.one_in(2) ? kMs : kSilenceMs * kMs);
+    s.long_stops_go &= rank != 0;
+  }
+}
+
+// The watchers of those who are well doze again and again, each time for just too long to judge silence: then it is
+// kernels that find a stopped rank out, by its stall, and it wakes about when they do, not at once to its full pace.
+void dozing_watchers(Schedule& s, Dice& dice) {
+  s.must_finish = false;
+  s.short_sleeps = true;
+  s.num_ranks = std::max(s.num_ranks, 3);
+  const i32 rank = some_rank(s, dice);
+  Fault& stop = add(s, dice, FaultKind::stop, rank);
+  stop.duration_ns = dice.between(kStallMs * kMs, kStallMs * kMs + 8 * kMs);
+  Fault hang = stop;
+  hang.kind = FaultKind::hang;
+  hang.after = 0, hang.delay_ns = stop.duration_ns - kMs, hang.duration_ns = 6 * kMs;
+  s.faults.push_back(hang);
+  for (i32 other = 0; other < s.num_ranks; ++other) {
+    for (i64 at = dice.heavy(2 * kMs); other != rank && at < 40 * kMs; at += dice.between(9 * kMs, 14 * kMs)) {
+      Fault& sleep = add(s, dice, FaultKind::sleep, other);
+      sleep.after = 0, sleep.delay_ns = at;
+      sleep.duration_ns = dice.between(kSilenceMs * kMs / 4 + 200 * kUs, 6 * kMs);
+    }
+  }
 }
 
 // About as long as it takes to be suspected and taken back, so that both happen.
@@ -277,7 +315,9 @@ const std::vector<std::pair<std::string, Make>>& mixes() {
       {"planned_leaves", planned_leaves},
       {"joins", joins},
       {"rival_newcomers", rival_newcomers},
-      {"zombies", zombies}};
+      {"zombies", zombies},
+      {"stopped_halves", stopped_halves},
+      {"dozing_watchers", dozing_watchers}};
   return all;
 }
 

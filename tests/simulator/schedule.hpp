@@ -71,8 +71,10 @@ struct Schedule {
   i64 clock_skew_ns = 0;
   std::vector<Fault> faults;
 
-  bool must_finish = true;   // whoever is not at fault gets through all its rounds
-  bool all_come_in = false;  // nothing keeps a life that begins from becoming a member
+  bool must_finish = true;     // whoever is not at fault gets through all its rounds
+  bool all_come_in = false;    // nothing keeps a life that begins from becoming a member
+  bool long_stops_go = false;  // those who are well decide alone, and nobody of them sleeps
+  bool short_sleeps = false;   // none is long enough for anybody else to be late by it
   i32 num_lives() const;
 };
 

@@ -8,8 +8,14 @@ namespace fa2a::sim {
 
 void World::stand_still(Member& member, const Fault& fault, i64 least_ns) {
   member.stood_still_ns += fault.duration_ns;
-  member.ever_stood_still = true;
   if (fault.duration_ns >= least_ns) faulty_.add(member.life);
+}
+
+// Long enough for everybody to come to wait for it in two steps, one after the other, and to miss it there; and they
+// need it for another round at least.
+bool World::is_missed(const Member& member, const Fault& fault) const {
+  return schedule_.long_stops_go && fault.duration_ns >= 4 * kSilenceMs * kMs &&
+         member.round < schedule_.num_rounds - 1;
 }
 
 void World::die(i32 life, bool is_seen) {
@@ -75,13 +81,15 @@ void World::strike(i32 index) {
       return;
     case FaultKind::stop:
       machine(life).stopped_until = std::max(machine(life).stopped_until, until);
+      member.must_go |= is_missed(member, fault);
       return stand_still(member, fault, kSilenceMs * kMs / 4);
     case FaultKind::hang:
       machine(life).kernel_paused_until = std::max(machine(life).kernel_paused_until, until);
+      member.ever_hung |= fault.duration_ns >= kStallMs * kMs / 4;
       return stand_still(member, fault, kStallMs * kMs / 4);
     case FaultKind::sleep:
       machine(life).pulse_paused_until = std::max(machine(life).pulse_paused_until, until);
-      return stand_still(member, fault, kSilenceMs * kMs / 4);
+      return stand_still(member, fault, schedule_.short_sleeps ? kSilenceMs * kMs / 2 : kSilenceMs * kMs / 4);
     case FaultKind::cut:
       return cut(life, other);
     case FaultKind::part:

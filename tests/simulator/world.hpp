@@ -32,7 +32,8 @@ struct Member {
   std::unique_ptr<Endpoint> endpoint;
   End end = End::running;
   bool leaves = false, retires = false;
-  bool ever_stood_still = false;
+  bool ever_hung = false;
+  bool must_go = false;     // it stood still for so long that the others must have missed it
   bool comes_back = false;  // it takes the place of a former life of the same process, once that is out
   bool is_in = true;        // false: on its way in
   i64 begun_at = 0;
@@ -111,6 +112,7 @@ class World {
   void strike(i32 fault);
   void strike_promised(const Member& member);
   void stand_still(Member& member, const Fault& fault, i64 least_ns);
+  bool is_missed(const Member& member, const Fault& fault) const;
   void part(i32 rank);
 
   // worker.cpp: what a life does.

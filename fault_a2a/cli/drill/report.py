@@ -321,9 +321,11 @@ class Judged:
         # A stop from outside may fall behind the rank's last signal, and then nobody waits for it.
         done = sum(step.end_ns < (told.at_ns or 0) for step in steps)
         needed = told.fault.kind == "slow" or told.fault.armed_phase is not None or done < self.drill.steps - 1
-        return (
-            needed and self._others_are_a_quorum() and duration_ms > CERTAIN_GO * self._patience_ms(told) + GO_MARGIN_MS
-        )
+        # Silence counts from when somebody waits, and who waits for one of several may come to the next only once the
+        # first is given up: each may take the whole time anew (membership.md).
+        num_together = sum(one.fault.kind == told.fault.kind for one in self.happened)
+        patience_ms = max(CERTAIN_GO, num_together) * self._patience_ms(told)
+        return needed and self._others_are_a_quorum() and duration_ms > patience_ms + GO_MARGIN_MS
 
     def _patience_ms(self, told: FaultStory) -> int:
         """How long the others bear with it: a slow rank beats all the while."""
