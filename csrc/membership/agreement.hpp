@@ -35,7 +35,6 @@ struct AgreementStep {
   bool evicted = false;      // the group went on without this rank
   bool quorum_lost = false;  // no right to go on for now
   RankSet waits_for;         // members whose promise is missing: their silence counts
-  bool again = false;        // an accusation was read for the first time: take the next step at once
 };
 
 class Agreement {
@@ -62,15 +61,12 @@ class Agreement {
     std::vector<RankSet> accused_by;  // settled only
     bool any_settled = false;
     bool any_unsettled = false;
-    bool any_new = false;
     RankSet silent_since;  // accused by one who lives, and has not beaten since
     // [accuser]: whom it accuses although that rank beats, without a look at it since that this rank knows of.
     std::vector<RankSet> not_looked_again;
   };
-  // One accusation as this rank has followed it. Clock and beats are those of the step after the one that read it
-  // first: this thread may have slept between its look at them and at the accusation, which is younger than both then.
+  // One accusation as this rank has followed it, from the step that read it first.
   struct Followed {
-    bool stands = false;
     i64 since_ns = 0;      // 0: not followed yet
     u64 accused_beat = 0;  // at that time
     u64 accuser_beat = 0;  // last seen

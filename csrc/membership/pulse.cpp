@@ -212,7 +212,6 @@ void Pulse::apply(AgreementStep& step, i64 now) {
     ring_pulse(own());  // look again at once: mine may have been the last one missing
   }
   publish_ballots(step);
-  if (step.again) ring_pulse(own());
   for (i32 rank = 0; rank < options_.agreement.num_ranks; ++rank)
     if (step.waits_for.has(rank) && !awaited_promises_.has(rank)) awaited_since_ns_[static_cast<size_t>(rank)] = now;
   awaited_promises_ = step.waits_for;

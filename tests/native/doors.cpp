@@ -48,6 +48,21 @@ bool holds_the_words(int file) {
          memcmp(read_words, kWords, sizeof kWords) == 0;
 }
 
+// One byte with room for a file beside it. Not the door's own: this program plays those who do not use it.
+struct Letter {
+  char byte = '!';
+  alignas(cmsghdr) char beside[CMSG_SPACE(sizeof(int))] = {};
+  iovec body{&byte, 1};
+  msghdr message{};
+
+  Letter() {
+    message.msg_iov = &body;
+    message.msg_iovlen = 1;
+    message.msg_control = beside;
+    message.msg_controllen = sizeof beside;
+  }
+};
+
 // Knocks as a process would that does not look who answers; the door has to look who knocks.
 int ask_unchecked(fa2a::u64 number) {
   socklen_t num_bytes = 0;
@@ -56,17 +71,10 @@ int ask_unchecked(fa2a::u64 number) {
   const fa2a::i32 what = 7;
   if (connect(one, reinterpret_cast<const sockaddr*>(&address), num_bytes) != 0) return -1;
   if (send(one, &what, sizeof what, MSG_NOSIGNAL) != sizeof what) return -1;
-  char byte = 0;
-  alignas(cmsghdr) char beside[CMSG_SPACE(sizeof(int))] = {};
-  iovec body{&byte, 1};
-  msghdr message{};
-  message.msg_iov = &body;
-  message.msg_iovlen = 1;
-  message.msg_control = beside;
-  message.msg_controllen = sizeof beside;
-  if (recvmsg(one, &message, MSG_CMSG_CLOEXEC) != 1 || CMSG_FIRSTHDR(&message) == nullptr) return -1;
+  Letter letter;
+  if (recvmsg(one, &letter.message, MSG_CMSG_CLOEXEC) != 1 || CMSG_FIRSTHDR(&letter.message) == nullptr) return -1;
   int file = -1;
-  memcpy(&file, CMSG_DATA(CMSG_FIRSTHDR(&message)), sizeof file);
+  memcpy(&file, CMSG_DATA(CMSG_FIRSTHDR(&letter.message)), sizeof file);
   return file;
 }
 
@@ -96,20 +104,14 @@ bool believes_an_impostor(fa2a::u64 number, uid_t user) {
     if (bind(one, reinterpret_cast<const sockaddr*>(&address), num_bytes) != 0 || listen(one, 1) != 0) _exit(2);
     if (write(ready[1], &byte, 1) != 1) _exit(2);
     const int visitor = accept(one, nullptr, nullptr);
-    alignas(cmsghdr) char beside[CMSG_SPACE(sizeof(int))] = {};
-    iovec body{&byte, 1};
-    msghdr message{};
-    message.msg_iov = &body;
-    message.msg_iovlen = 1;
-    message.msg_control = beside;
-    message.msg_controllen = sizeof beside;
-    cmsghdr* header = CMSG_FIRSTHDR(&message);
+    Letter letter;
+    cmsghdr* header = CMSG_FIRSTHDR(&letter.message);
     header->cmsg_level = SOL_SOCKET;
     header->cmsg_type = SCM_RIGHTS;
     header->cmsg_len = CMSG_LEN(sizeof(int));
     const int file = file_with_words();
     memcpy(CMSG_DATA(header), &file, sizeof file);
-    sendmsg(visitor, &message, MSG_NOSIGNAL);
+    sendmsg(visitor, &letter.message, MSG_NOSIGNAL);
     _exit(0);
   }
   close(ready[1]);
