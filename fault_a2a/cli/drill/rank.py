@@ -39,6 +39,8 @@ SETTLE_S = 10.0  # for the last view changes, once all steps are done
 LIVE_POLL_S = 0.1
 _LAST_START_LOOK_S = 0.001  # between two looks of a rank that waits at its last step start
 FIRST_ROUND = 1  # of step 0; round 0 is construction's
+# Steps with losses in a row that wait for the judge: see DrillRank._judge.
+MOST_UNJUDGED = 4
 _PR_SET_PDEATHSIG = 1
 
 
@@ -49,6 +51,21 @@ class Work:
     drill: Drill
     layer: MoELayer
     expectation: Expectation
+
+
+@dataclass(frozen=True)
+class Unjudged:
+    """What a step left to the judge. ``rows`` in the order of ``sources``; ``spans`` as the step is told."""
+
+    step: int
+    round_number: int
+    rows: torch.Tensor
+    sources: torch.Tensor
+    num_tokens: torch.Tensor
+    out: torch.Tensor
+    codes: torch.Tensor
+    lost: bool
+    spans: list[tuple[str, int, int, int]]
 
 
 class Pipes:
@@ -133,6 +150,7 @@ class DrillRank:
         self._ended = threading.Event()
         self._stops_armed: list[int] = []
         self._late_by: Fault | None = None  # of this step
+        self._unjudged: list[Unjudged] = []
         self._live = live
 
     def run(self) -> None:
@@ -147,6 +165,7 @@ class DrillRank:
             how, why = story.EVICTED, str(error)
         except fault_a2a.QuorumLostError as error:
             how, why = story.SUSPENDED, str(error)
+        self._judge()
         self._tell_stops_survived()
         self.pipes.tell("end", how=how, why=why)
         if how == story.FINISHED:
@@ -184,30 +203,43 @@ class DrillRank:
         end_ns = core.now_ns()
         waited.append(self._waited_ns())
 
+        spans = [
+            ("dispatch", at_ns[0], at_ns[1], waited[1] - waited[0]),
+            ("compute", at_ns[1], at_ns[2], 0),
+            ("combine", at_ns[2], end_ns, waited[2] - waited[1]),
+        ]
+        lost = bool(outcome.lost)
+        done = Unjudged(step, round_number, rows, sources, recv.num_tokens, out.cpu(), outcome.codes.cpu(), lost, spans)
+        self._unjudged.append(done)
         self._tell_seen()
-        num_corrupt = self.judge.num_corrupt_rows(step, rows, sources, recv.num_tokens)
-        accounts = self.judge.accounts(step, out.cpu(), outcome.codes.cpu(), self._active_mask(round_number))
-        exact, why = accounts.exact, accounts.why
-        if bool(outcome.lost) != bool(accounts.lost_on):
-            exact, why = False, f"outcome.lost says {bool(outcome.lost)}, its codes say {bool(accounts.lost_on)}"
         self._tell_stops_survived()
-        self.pipes.tell(
-            "step",
-            step=step,
-            round=round_number,
-            at=end_ns,
-            us=(end_ns - began_ns) // 1000,
-            lost_on=accounts.lost_on,
-            unroutable=accounts.num_unroutable,
-            corrupt=num_corrupt,
-            exact=exact,
-            why=why,
-            spans=[
-                ("dispatch", at_ns[0], at_ns[1], waited[1] - waited[0]),
-                ("compute", at_ns[1], at_ns[2], 0),
-                ("combine", at_ns[2], end_ns, waited[2] - waited[1]),
-            ],
-        )
+        # No engine recomputes its answers on the processors that the others' first good step needs.
+        if not lost or len(self._unjudged) >= MOST_UNJUDGED:
+            self._judge()
+
+    def _judge(self) -> None:
+        """Judges and tells what is left: a step as it ends, but those with losses with the next that has none."""
+        for done in self._unjudged:
+            num_corrupt = self.judge.num_corrupt_rows(done.step, done.rows, done.sources, done.num_tokens)
+            accounts = self.judge.accounts(done.step, done.out, done.codes, self._active_mask(done.round_number))
+            exact, why = accounts.exact, accounts.why
+            if done.lost != bool(accounts.lost_on):
+                exact, why = False, f"outcome.lost says {done.lost}, its codes say {bool(accounts.lost_on)}"
+            began_ns, end_ns = done.spans[0][1], done.spans[-1][2]
+            self.pipes.tell(
+                "step",
+                step=done.step,
+                round=done.round_number,
+                at=end_ns,
+                us=(end_ns - began_ns) // 1000,
+                lost_on=accounts.lost_on,
+                unroutable=accounts.num_unroutable,
+                corrupt=num_corrupt,
+                exact=exact,
+                why=why,
+                spans=done.spans,
+            )
+        self._unjudged.clear()
 
     def _wait_for_newcomers(self) -> None:
         """Comes to the last step start again and again until the parent has no newcomer on its way.
