@@ -187,7 +187,8 @@ def _run(cell: Cell, seed: int, numbers: Sequence[int]) -> list[dict[str, Any]]:
     from fault_a2a.cli.drill.report import report
     from fault_a2a.cli.drill.screen import Silent
 
-    drill = Drill(ranks=cell.num_ranks, steps=NUM_STEPS, seed=seed, **TIMEOUTS_MS)
+    # Every answer is judged behind the last step: an engine has no judge that takes its processors between two steps.
+    drill = Drill(ranks=cell.num_ranks, steps=NUM_STEPS, judge_later=NUM_STEPS, seed=seed, **TIMEOUTS_MS)
     work, _ = prepare(drill)
     shape = {name: getattr(drill, name) for name in ("tokens", "hidden", "experts", "topk", "dtype", "steps")}
     results = []

@@ -27,6 +27,7 @@ DRILLS = {
     "one after another": ["--kill", "1@5", "--kill", "3@6"],
     "all but one": ["--kill", "0@10", "--kill", "1@10", "--kill", "2@10"],
     "in the last step": ["--kill", "1@19:combine.closed"],
+    "judged later": ["--kill", "1@10", "--judge-later", "20"],
     "short stop": ["--stop", "1@10:40", "--silence-ms", "2000"],
     "long stop": ["--stop", "1@10:900", *QUICK],
     "long stop from outside": ["--stop", "3@10+500:900", *QUICK],
@@ -233,6 +234,7 @@ def test_help_lists_the_phases():
         (["--text", "/nowhere"], "--text /nowhere: No such file"),
         (["--compute-us", "5-1"], "--compute-us 5-1: expected microseconds"),
         (["--steps", "0"], "--steps 0: pass at least 1"),
+        (["--judge-later", "-1"], "--judge-later -1: pass at least 0"),
         (["--ranks", "many"], "invalid int value"),
     ],
 )

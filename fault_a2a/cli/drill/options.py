@@ -66,6 +66,7 @@ class Drill:
     settle_ms: int = 50
     agreement_timeout_ms: int = 10000
     compute_us: tuple[int, int] = (0, 0)
+    judge_later: int = 0
     seed: int = 0
     text: str | None = None
     faults: tuple[Fault, ...] = ()
@@ -166,6 +167,13 @@ def add_arguments(parser: LateHelpParser) -> None:
         metavar="US[-US]",
         help="further time that the experts take: fixed, or from a range",
     )
+    size.add_argument(
+        "--judge-later",
+        type=int,
+        default=0,
+        metavar="N",
+        help="steps that may wait for the drill's own judge, which takes processors from others' steps (%(default)s)",
+    )
     add_fault_options(parser)
     parser.add_argument(
         "--plan",
@@ -206,9 +214,9 @@ def read_drill(args: argparse.Namespace) -> Drill:
                 f"--backend {args.backend}: kernels for {backend!r} come with a later release; "
                 f"pass {' or '.join(_BACKENDS)}."
             )
-    for name, least in (("ranks", 1), ("steps", 1), ("tokens", 0)):
+    for name, least in (("ranks", 1), ("steps", 1), ("tokens", 0), ("judge_later", 0)):
         if getattr(args, name) < least:
-            raise ValueError(f"--{name} {getattr(args, name)}: pass at least {least}.")
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: pass at least {least}.")
     texts: dict[str, Sequence[str]] = {kind: getattr(args, kind) for kind in KINDS}
     members = None
     if args.plan is not None:
@@ -234,7 +242,7 @@ def read_drill(args: argparse.Namespace) -> Drill:
 
 _PLAIN = (
     *("ranks", "steps", "tokens", "hidden", "experts", "topk", "chunk_tokens"),
-    *("recv_format", "reduce", "on_lost", "seed", "text"),
+    *("recv_format", "reduce", "on_lost", "judge_later", "seed", "text"),
     *_TIMEOUTS,
 )
 

@@ -39,8 +39,7 @@ SETTLE_S = 10.0  # for the last view changes, once all steps are done
 LIVE_POLL_S = 0.1
 _LAST_START_LOOK_S = 0.001  # between two looks of a rank that waits at its last step start
 FIRST_ROUND = 1  # of step 0; round 0 is construction's
-# Steps with losses in a row that wait for the judge: see DrillRank._judge.
-MOST_UNJUDGED = 4
+MOST_LOSSY_UNJUDGED = 4  # steps with losses in a row that wait for the judge, at least
 _PR_SET_PDEATHSIG = 1
 
 
@@ -214,11 +213,11 @@ class DrillRank:
         self._tell_seen()
         self._tell_stops_survived()
         # No engine recomputes its answers on the processors that the others' first good step needs.
-        if not lost or len(self._unjudged) >= MOST_UNJUDGED:
+        if len(self._unjudged) > max(self.drill.judge_later, MOST_LOSSY_UNJUDGED if lost else 0):
             self._judge()
 
     def _judge(self) -> None:
-        """Judges and tells what is left: a step as it ends, but those with losses with the next that has none."""
+        """Judges and tells what is left to it."""
         for done in self._unjudged:
             num_corrupt = self.judge.num_corrupt_rows(done.step, done.rows, done.sources, done.num_tokens)
             accounts = self.judge.accounts(done.step, done.out, done.codes, self._active_mask(done.round_number))
