@@ -146,6 +146,7 @@ void Endpoint::start_pulse(const Decision& first, bool joining) {
   options.agreement.num_ranks = config_.shape.num_ranks;
   options.agreement.num_partitions = num_partitions(config_.shape);
   options.agreement.settle_ns = config_.settle_ms * kNsPerMs;
+  options.agreement.patience_ns = config_.stall_ms * kNsPerMs / 4;
   options.agreement.timeout_ns = config_.agreement_timeout_ms * kNsPerMs;
   options.agreement.host_of = config_.host_of;
   options.agreement.by_windows = config_.agree_by_windows;
@@ -159,6 +160,7 @@ void Endpoint::start_pulse(const Decision& first, bool joining) {
 #if defined(FA2A_TEST_HOOKS) && FA2A_TEST_HOOKS
   wire_->faults.rank = config_.rank;
   options.unreadable = &wire_->faults.cut;
+  options.unheard = &wire_->faults.unheard;
   options.pause_ns = &wire_->faults.pulse_pause_ns;
 #endif
   std::vector<ControlPage*> pages;

@@ -49,6 +49,7 @@ namespace fa2a {
   X(beaten_since)         /* nobody accused is kept who has not beaten since                   */ \
   X(silent_go)            /* of two equally small choices the one with more silent ranks goes  */ \
   X(looked_again)         /* nobody goes for an accusation that it had no time to take back    */ \
+  X(late_waiters)         /* nobody goes first for a stall that others have yet to miss        */ \
   X(stall_awake)          /* whoever did not beat meanwhile did not stall                      */ \
   X(decided_leave)        /* a rank that left as was decided is not accused of it              */ \
   X(frozen_set)           /* what a rank has in a collective is not taken anew in a later view */ \
