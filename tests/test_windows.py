@@ -5,12 +5,17 @@ The device is the twin's driver (tests/window_scenarios.py). Not run on a GPU.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import pytest
+import torch.distributed as dist
 
+from fault_a2a._core import core
 from fault_a2a.buffer import Buffer
-from fault_a2a.testing.virtual import VirtualRanks
+from fault_a2a.errors import ConstructError
+from fault_a2a.group import Group
+from fault_a2a.testing.virtual import VirtualRanks, run_threads
 from tests import window_scenarios as scenarios
 from tests.rig import Checker, Tally, Work, raised
 from tests.test_conformance import wait_for_view
@@ -100,3 +105,46 @@ def test_one_that_is_evicted_alive_is_let_go() -> None:
 
 def test_growth() -> None:
     assert scenarios.grows() == []
+
+
+# -- several hosts, which are not there yet
+
+
+def on_two_hosts(monkeypatch: pytest.MonkeyPatch, backend: str) -> str:
+    """What two ranks are told that find themselves on two hosts."""
+    hosts = itertools.count()
+    monkeypatch.setattr("fault_a2a.buffer.host_of_this_process", lambda: f"host-{next(hosts)}")
+    store, config = dist.HashStore(), small(backend=backend, construct_timeout_ms=5000)
+    errors = []
+
+    def one(rank: int) -> None:
+        try:
+            Buffer(Group(store, rank, 2), config)
+        except ConstructError as error:
+            errors.append(str(error))
+
+    run_threads([lambda: one(0), lambda: one(1)])
+    assert len(errors) == 2
+    return errors[0]
+
+
+def test_ranks_on_two_hosts_are_told_what_their_windows_would_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    error = on_two_hosts(monkeypatch, "cuda")
+    assert error.startswith("group: ranks [") and "connects the processes of one host" in error
+    assert "Between hosts windows on a GPU go by fabric handles, which are not to be had here" in error
+    assert "keep the group on one host" in error
+
+
+def test_without_a_gpu_nobody_speaks_of_fabrics(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "fabric" not in on_two_hosts(monkeypatch, "cpu")
+
+
+def test_the_twin_hands_windows_over_on_a_host_only() -> None:
+    assert core.why_no_windows(0, across_hosts=False) == ""
+    assert "exports no fabric handles" in core.why_no_windows(0, across_hosts=True)
+
+
+def test_without_a_driver_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FAULT_A2A_TWIN_DRIVER")
+    why = core.why_no_windows(0, across_hosts=False)
+    assert not why or ("install" in why or "nvidia-smi" in why)
