@@ -103,6 +103,10 @@ def test_one_that_is_evicted_alive_is_let_go() -> None:
     assert scenarios.evicted_alive() == []
 
 
+def test_one_that_is_evicted_and_comes_back_imports_anew() -> None:
+    assert scenarios.evicted_and_back() == []
+
+
 def test_growth() -> None:
     assert scenarios.grows() == []
 

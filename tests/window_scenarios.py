@@ -17,10 +17,19 @@ import pytest
 from fault_a2a._core import core
 from fault_a2a.buffer import Buffer
 from fault_a2a.config import Config
+from fault_a2a.errors import RankEvictedError
 from fault_a2a.testing.virtual import VirtualRanks
-from tests import process_rounds
+from tests import join_scenarios, process_rounds
 from tests.graphs import CapturedRounds
-from tests.join_scenarios import ROUNDS_PER_STEP, Steps, all_in, came_at_step_starts, ended_whole, judge_lives
+from tests.join_scenarios import (
+    ROUNDS_PER_STEP,
+    ComesBack,
+    Steps,
+    all_in,
+    came_at_step_starts,
+    ended_whole,
+    judge_lives,
+)
 from tests.process_rounds import begun_of, disagreements, suspicions_of_live
 from tests.processes import Here, Ranks
 from tests.rig import Checker, Tally, Work
@@ -147,6 +156,7 @@ class Watch:
 
 watches: list[Watch] = []  # of this process
 told: list[str] = []  # by the test
+former: list[str] = []  # what lay at an address of a life that is over
 
 
 @dataclass(frozen=True)
@@ -256,6 +266,29 @@ def dies_on_its_way_in(num_ranks: int = 3, victim: int = 2) -> Wrong:
         ranks.end_after(8)
         reports = ranks.reports()
     return judge_lives(reports, steps, config, gone) + all_in(reports, range(num_ranks))
+
+
+@dataclass(frozen=True)
+class ComesBackThere(ComesBack):
+    """On the device: what one life of the process imported, the next one does not hold."""
+
+    def __call__(self, here: Here) -> None:
+        os.environ["FAULT_A2A_TWIN_DRIVER"] = "1"
+        super().__call__(here)
+
+    def until_the_end(self, here: Here, buffer: Buffer) -> Tally:
+        imports = [window_at(buffer, rank) for rank in range(here.num_ranks) if rank != here.rank]
+        tally = super().until_the_end(here, buffer)
+        if isinstance(tally.error, RankEvictedError):
+            former.append(imports[0])
+        elif any(map(is_held, former)):
+            tally.corrupt.append("a window that the former life imported is still held")
+        return tally
+
+
+def evicted_and_back() -> Wrong:
+    """A rank is evicted while it stands still, and comes back as a new life of its process."""
+    return join_scenarios.evicted_and_back(1, ComesBackThere, backend="cuda")
 
 
 def grows(num_founders: int = 2, num_ranks: int = 3) -> Wrong:
