@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fault_a2a._core import core
-from tests import collective_scenarios, join_scenarios, scenarios
+from tests import collective_scenarios, join_scenarios, scenarios, window_scenarios
 from tests.apart import exit_code
 from tests.ballots import WENT_WRONG, run
 from tests.rig import shown
@@ -46,6 +46,7 @@ TABLE: dict[str, tuple[Callable[[], Wrong], tuple[str, ...]]] = {
     "view_once": (scenarios.death_between_dispatch_and_combine, ()),
     "release_word": (scenarios.evicted_while_waiting, ()),
     "copy_fence": (scenarios.streamed_rows, ()),
+    "quiet_swap": (window_scenarios.swapped_under_kernels, ()),
     "all_say": (lambda: collective_scenarios.half_heard("collective.half_contributed"), ()),
     "frozen_set": (lambda: collective_scenarios.half_heard("collective.half_said"), ()),
     "say_epoch": (collective_scenarios.smaller_set_of_the_dead, ()),

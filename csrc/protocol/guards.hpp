@@ -40,6 +40,7 @@ namespace fa2a {
   X(frozen_records)       /* a dead member is discounted by its frozen record only             */ \
   X(records_at_accept)    /* in counting accepts as much as in prepare                         */ \
   X(fresh_partition)      /* a newcomer's partition is memory that no earlier life can reach   */ \
+  X(quiet_swap)           /* what lies at an address is swapped once no kernel can run there   */ \
   X(step_start)           /* a newcomer comes in where every member holds at one step start    */ \
   X(hold_bound)           /* nobody holds longer than join_hold_ms, or behind one who has gone */ \
   X(visitor_kept)         /* the page of a life that may be in the next view is not replaced   */ \
