@@ -20,7 +20,7 @@ from fault_a2a.config import MAX_MS, MIN_BEATS_PER_SILENCE, Config
 from fault_a2a.core_fields import core_fields
 from fault_a2a.core_status import error_of
 from fault_a2a.errors import ClosedError, ConstructError, FaultA2AError
-from fault_a2a.gpu import device_of, gpu_fields
+from fault_a2a.gpu import device_of, gpu_fields, of_several_hosts
 from fault_a2a.group import Group, as_group, forget_names, host_of_this_process
 from fault_a2a.halves import Halves
 from fault_a2a.joins import WayIn, tell_life
@@ -112,8 +112,9 @@ class Buffer(Halves, Collectives, LendsMemory, Membership, PlantedFaults):
         others = [rank for rank, host in enumerate(hosts) if host != hosts[group.rank]]
         if others and group.fabric is None:
             raise ConstructError(
-                f"ranks {others} are on another host or see another /dev/shm than rank {group.rank}; "
-                "this release connects the processes of one host (containers must share /dev/shm)"
+                f"group: ranks {others} are on another host or see another /dev/shm than rank {group.rank}; "
+                "this release connects the processes of one host (containers must share /dev/shm)."
+                + of_several_hosts(config.backend, self.device)
             )
         fields = {**core_fields(config, self.num_ranks, group.rank), "num_founders": group.num_ranks}
         fields |= gpu_fields(config)

@@ -41,6 +41,15 @@ def device_of(backend: str) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
+def of_several_hosts(backend: str, device: torch.device) -> str:
+    """For the error of a group on several hosts: what windows on a GPU would need there. Not run on a GPU."""
+    if backend != "cuda":
+        return ""
+    why = core.why_no_windows(device.index or 0, across_hosts=True)
+    has = "this device has, and which nothing here uses yet" if not why else f"are not to be had here ({why})"
+    return f" Between hosts windows on a GPU go by fabric handles, which {has}."
+
+
 def gpu_fields(config: Config) -> dict[str, Any]:
     """What the native core needs of a GPU, if ``config`` is for one: compiles the kernels, seconds the first time."""
     if config.backend != "cuda":

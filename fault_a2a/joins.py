@@ -11,7 +11,7 @@ from fault_a2a._core import core
 from fault_a2a.config import Config
 from fault_a2a.core_fields import core_fields
 from fault_a2a.errors import ConstructError, RankEvictedError
-from fault_a2a.gpu import gpu_fields
+from fault_a2a.gpu import device_of, gpu_fields, of_several_hosts
 from fault_a2a.group import Group, host_of_this_process
 
 _LOOK_S = 0.002  # between two looks of a newcomer; members that hold for it wait for these
@@ -121,7 +121,8 @@ class WayIn:
             raise ConstructError(f"group '{group.name}' lost its store while a rank joined ({error}).") from error
         if member.host != host_of_this_process():
             raise ConstructError(
-                f"rank {rank} is on another host or sees another /dev/shm; a newcomer must run beside the members"
+                f"group: rank {rank} is on another host or sees another /dev/shm; a newcomer must run beside members."
+                + of_several_hosts(self.config.backend, device_of(self.config.backend))
             )
         for name, value in self.compared.items():
             if member.config.get(name) != value:

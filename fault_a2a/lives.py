@@ -57,6 +57,9 @@ class Membership:
         next to nothing but when such a change stands: then it blocks until all members have come here and decided, at
         most ``config.join_hold_ms``, or not at all if one of them is past this step start. Not capturable.
 
+        With ``backend="cuda"`` windows are swapped here, also those of ranks that have gone since the last step start.
+        When there is one to swap it waits for the device; no other thread may launch or replay rounds meanwhile.
+
         Raises:
             RuntimeError: a round is open.
             RankEvictedError, QuorumLostError, ClosedError: this rank may not go on.

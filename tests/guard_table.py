@@ -34,8 +34,8 @@ def red_test(guard: str) -> str:
         return f"`test_guards.py::test_a_number_that_is_believed_does_harm[{guard}]`"
     if guard in test_guards.EXPLORED:
         return f"`test_guards.py::test_two_views_are_decided_without[{guard}]`"
-    if guard in test_guards.JOINS:
-        return f"`test_guards.py::test_joins_are_red_without_the_guard[{guard}]`"
+    if guard in test_guards.PROCESSES:
+        return f"`test_guards.py::test_processes_are_red_without_the_guard[{guard}]`"
     if guard in test_guards.SCHEDULED:
         return f"`test_joins.py::test_seeded_schedules_find_what_a_guard_of_joins_prevents[{guard}]`"
     if guard in test_simulation.PLANTED:

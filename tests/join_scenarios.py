@@ -264,10 +264,10 @@ class ComesBack(Steps):
         return checker.tally
 
 
-def evicted_and_back(num_times: int = 2) -> Wrong:
+def evicted_and_back(num_times: int = 2, task: type[ComesBack] = ComesBack, **changes: object) -> Wrong:
     """Rank 1 is stopped until it is evicted, woken, and comes back in the same process."""
     num_ranks = 4
-    config, steps = small(num_ranks, silence_ms=300), ComesBack(seed=2)
+    config, steps = small(num_ranks, silence_ms=300, **changes), task(seed=2)
     with Ranks(num_ranks, config, steps) as ranks:
         ranks.wait_ready()
         gone: dict[int, int] = {}

@@ -101,6 +101,18 @@ def cascade(seed: int) -> dict[str, Any]:
     return scenario(no_cascade(1, seed, action="stop" if seed % 4 == 3 else "kill"))
 
 
+def accuser(seed: int) -> dict[str, Any]:
+    from tests.accuser_scenarios import accuses_everybody
+
+    return scenario(accuses_everybody(seed))
+
+
+def serial_accuser(seed: int) -> dict[str, Any]:
+    from tests.accuser_scenarios import accuses_one_after_another
+
+    return scenario(accuses_one_after_another(seed))
+
+
 def zombie(seed: int) -> dict[str, Any]:
     from tests.join_scenarios import zombie as run
 
@@ -173,6 +185,8 @@ def jobs() -> list[Job]:
             collective,
         ),
         Job("evictions", "free-running ranks, two open rounds, deaths until two are left (6 each)", 84, evictions),
+        Job("accuser", "a rank of 8 that accuses all others: it goes, and nobody with it", 100, accuser),
+        Job("serial_accuser", "one that accuses one after another: at most one goes with it", 100, serial_accuser),
         Job("zombie", "stopped in mid-row, replaced, woken while the new one sends, every row checked", 100, zombie),
         Job("joins", "six joins in a row, in each a member, the proposer or the newcomer dies", 30, death_on_the_way),
         Job("schedules", "lives begin and end on 1,000 seeded schedules of the agreement", 50, join_schedules),

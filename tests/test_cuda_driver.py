@@ -31,6 +31,7 @@ static_assert(AllocationProperties().type == CU_MEM_ALLOCATION_TYPE_PINNED, "");
 static_assert(Location().type == CU_MEM_LOCATION_TYPE_DEVICE, "");
 static_assert(AccessDescription().flags == CU_MEM_ACCESS_FLAGS_PROT_READWRITE, "");
 static_assert(kFileDescriptor == CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR, "");
+static_assert(sizeof(FabricHandle) == sizeof(CUmemFabricHandle), "");
 static_assert(kFabric == CU_MEM_HANDLE_TYPE_FABRIC, "");
 static_assert(kHasVirtualMemory == CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED, "");
 static_assert(kHasFileDescriptors == CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED, "");

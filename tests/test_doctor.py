@@ -51,6 +51,9 @@ def test_the_machine(answer):
     assert machine["cores"] >= 1 and machine["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert machine["shared_memory"]["writable"] and machine["shared_memory"]["size_bytes"] > 0
     assert isinstance(machine["futex_waitv"], bool) and isinstance(machine["pidfd"], bool)
+    windows = machine["gpu_windows"]
+    assert set(windows) == {"file_descriptors", "fabric"}
+    assert all(found["available"] is not bool(found["why"]) for found in windows.values())
     evidence = machine["exit_evidence"]
     assert evidence["works"], evidence["why"]
     assert 0 <= evidence["took_ms"] < 1000
@@ -75,6 +78,7 @@ def test_sums_at_the_expert_need_a_smaller_window(answer):
 def test_for_people():
     done = command("--window", "--experts", "32", "--hidden", "1024", "--ranks", "4")
     assert done.returncode == 0 and "exit evidence  yes" in done.stdout
+    assert "gpu windows    " in done.stdout and "gpu fabric     " in done.stdout
     assert "without recv.x; 5 partitions, 1 of them spare" in done.stdout and "recv.x" in done.stdout
 
 

@@ -32,5 +32,5 @@ def test_the_tests_that_are_named_exist(module: ModuleType) -> None:
 
 
 def test_whatever_is_planted_is_a_guard() -> None:
-    groups = (test_guards.TABLE, test_guards.DEADLY, test_guards.EXPLORED, test_guards.JOINS, test_guards.SCHEDULED)
+    groups = (test_guards.TABLE, test_guards.DEADLY, test_guards.EXPLORED, test_guards.PROCESSES, test_guards.SCHEDULED)
     assert {*test_simulation.PLANTED, *(guard for group in groups for guard in group)} == set(guard_table.guards())

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fault_a2a._core import core
-from tests import collective_scenarios, join_scenarios, scenarios
+from tests import accuser_scenarios, collective_scenarios, join_scenarios, scenarios, window_scenarios
 from tests.apart import exit_code
 from tests.ballots import WENT_WRONG, run
 from tests.rig import shown
@@ -46,6 +46,7 @@ TABLE: dict[str, tuple[Callable[[], Wrong], tuple[str, ...]]] = {
     "view_once": (scenarios.death_between_dispatch_and_combine, ()),
     "release_word": (scenarios.evicted_while_waiting, ()),
     "copy_fence": (scenarios.streamed_rows, ()),
+    "quiet_swap": (window_scenarios.swapped_under_kernels, ()),
     "all_say": (lambda: collective_scenarios.half_heard("collective.half_contributed"), ()),
     "frozen_set": (lambda: collective_scenarios.half_heard("collective.half_said"), ()),
     "say_epoch": (collective_scenarios.smaller_set_of_the_dead, ()),
@@ -60,11 +61,12 @@ SIMULATED = (
 )
 # Found by seeded schedules of lives that begin and end (tests/native/join_schedules.cpp, tests/test_joins.py).
 SCHEDULED = ("visitor_kept",)
-# About lives that end and begin, which takes processes.
-JOINS: dict[str, Callable[..., Wrong]] = {
+# Lives that end and begin, and experts that are late, take processes.
+PROCESSES: dict[str, Callable[..., Wrong]] = {
     "fresh_partition": join_scenarios.zombie,
     "step_start": join_scenarios.one_late_rank,
     "hold_bound": join_scenarios.one_rank_marks_few_steps,
+    "late_waiters": accuser_scenarios.first_to_miss,
 }
 # Without these a peer's number walks off the window, and red may be a dead process: each runs in one of its own.
 # guard -> (lie, other guards that must be out).
@@ -72,7 +74,7 @@ DEADLY = {"clamp_count": ("count", ("check_index",)), "check_index": ("expert", 
 
 
 def test_every_guard_is_listed() -> None:
-    listed = [*TABLE, *DEADLY, *EXPLORED, *JOINS, *SCHEDULED, *SIMULATED]
+    listed = [*TABLE, *DEADLY, *EXPLORED, *PROCESSES, *SCHEDULED, *SIMULATED]
     assert sorted(listed) == sorted(core.guard_names())
 
 
@@ -99,14 +101,14 @@ def test_two_views_are_decided_without(guard: str) -> None:
     assert walked.returncode == WENT_WRONG, walked.stdout + walked.stderr
 
 
-@pytest.mark.parametrize("guard", JOINS)
-def test_joins_are_clean_with_the_guard(guard: str) -> None:
-    assert JOINS[guard]() == []
+@pytest.mark.parametrize("guard", PROCESSES)
+def test_processes_are_clean_with_the_guard(guard: str) -> None:
+    assert PROCESSES[guard]() == []
 
 
-@pytest.mark.parametrize("guard", JOINS)
-def test_joins_are_red_without_the_guard(guard: str) -> None:
-    assert any(JOINS[guard](guards_off=[guard]) for _ in range(3))
+@pytest.mark.parametrize("guard", PROCESSES)
+def test_processes_are_red_without_the_guard(guard: str) -> None:
+    assert any(PROCESSES[guard](guards_off=[guard]) for _ in range(3))
 
 
 def lie_without(lie: str, guards_out: tuple[str, ...]) -> Wrong:

@@ -2,6 +2,7 @@
 
 import pytest
 
+from tests import accuser_scenarios as accusers
 from tests import process_scenarios as scenarios
 
 
@@ -44,6 +45,17 @@ def test_a_stopped_rank_is_evicted_and_its_late_stores_change_nothing(phase: str
 
 def test_timeouts_change_while_the_group_waits() -> None:
     assert scenarios.timeouts_changed() == []
+
+
+# -- a sick watcher ----------------------------------------------------------------------------------------------------
+
+
+def test_a_rank_that_accuses_everybody_goes_alone() -> None:
+    assert accusers.accuses_everybody(seed=1) == []
+
+
+def test_a_rank_that_accuses_one_after_another_costs_at_most_one() -> None:
+    assert accusers.accuses_one_after_another(seed=1) == []
 
 
 # -- SIGKILL -----------------------------------------------------------------------------------------------------------

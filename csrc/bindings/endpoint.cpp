@@ -132,12 +132,28 @@ void Endpoint::set_up_context() {
 
 void Endpoint::set_up_kernels() {
   if (config_.machine == Machine::cpu) return;
-  if (config_.machine == Machine::cuda) return set_up_device();
-  cuda::WindowAddresses windows;
+  if (config_.machine == Machine::cuda_host) gpu_ = std::make_unique<twin::TwinGpu>(config_.twin);
+  cuda::WindowAddresses addresses;
   for (i32 partition = 0; partition < num_partitions(config_.shape); ++partition)
-    windows.inbound.push_back(fabric_->inbound(partition));
-  for (i32 owner = 0; owner < config_.shape.num_ranks; ++owner) windows.outbound.push_back(fabric_->outbound(owner));
-  cuda_ = std::make_unique<cuda::Rank>(context_, std::make_unique<twin::TwinGpu>(config_.twin), windows);
+    addresses.inbound.push_back(inbound(partition));
+  for (i32 owner = 0; owner < config_.shape.num_ranks; ++owner) addresses.outbound.push_back(outbound(owner));
+  cuda_ = std::make_unique<cuda::Rank>(context_, std::move(gpu_), addresses);
+  for (i32 partition = 0; windows_ && partition < num_partitions(config_.shape); ++partition) fill_device(partition);
+}
+
+// Where kernels find a partition of this rank's window, and its own in the window of another.
+u8* Endpoint::inbound(i32 partition) const {
+  return windows_ ? reinterpret_cast<u8*>(windows_->inbound(partition)) : fabric_->inbound(partition);
+}
+
+u8* Endpoint::outbound(i32 owner) const {
+  return windows_ ? reinterpret_cast<u8*>(windows_->outbound(owner)) : fabric_->outbound(owner);
+}
+
+// Whatever this process has on the device. Kernels of a CPU are done when their calls are.
+void Endpoint::finish_kernels() {
+  if (cuda_) return cuda_->finish_all();
+  if (gpu_) gpu_->finish_all();
 }
 
 void Endpoint::start_pulse(const Decision& first, bool joining) {
@@ -146,6 +162,7 @@ void Endpoint::start_pulse(const Decision& first, bool joining) {
   options.agreement.num_ranks = config_.shape.num_ranks;
   options.agreement.num_partitions = num_partitions(config_.shape);
   options.agreement.settle_ns = config_.settle_ms * kNsPerMs;
+  options.agreement.patience_ns = config_.stall_ms * kNsPerMs / 4;
   options.agreement.timeout_ns = config_.agreement_timeout_ms * kNsPerMs;
   options.agreement.host_of = config_.host_of;
   options.agreement.by_windows = config_.agree_by_windows;
@@ -159,6 +176,7 @@ void Endpoint::start_pulse(const Decision& first, bool joining) {
 #if defined(FA2A_TEST_HOOKS) && FA2A_TEST_HOOKS
   wire_->faults.rank = config_.rank;
   options.unreadable = &wire_->faults.cut;
+  options.unheard = &wire_->faults.unheard;
   options.pause_ns = &wire_->faults.pulse_pause_ns;
 #endif
   std::vector<ControlPage*> pages;
@@ -280,18 +298,18 @@ void Endpoint::close() {
     fetch_or(&state_->release, release_closing);
     if (fabric_ && pulse_) ring_doorbell(fabric_->page(config_.rank));
   }
-  std::lock_guard<std::mutex> lock(calls_);
+  std::lock_guard<std::mutex> calls(calls_);
   if (closed_) return;
   closed_ = true;
   if (!pulse_) return;
-  if (cuda_) {
-    cuda_->finish_all();  // launched, and waited for by nobody; every wait in there ends now
-    cuda_->refresh();
-  }
+  finish_kernels();  // launched, and waited for by nobody; every wait in there ends now
+  if (cuda_) cuda_->refresh();
   // Peers wait for an answer to every round that was opened.
   for (OpenRound& open : context_.rounds)
     if (open.stage != Stage::closed) cuda_ ? cuda_->abandon(open.round) : fa2a::abandon(context_, open.round);
   pulse_->leave();
+  // What a graph replays from now on sends nothing, and this object may live on: nobody's memory with it.
+  if (windows_) let_go(windows_->plugged(), cuda::Quiescent(calls, [this] { finish_kernels(); }));
 }
 
 }  // namespace fa2a

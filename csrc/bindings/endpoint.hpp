@@ -103,8 +103,9 @@ class Endpoint : private Doors {
   Context& context() { return context_; }
   RankState& state() { return *state_; }
   Fabric& fabric() { return *fabric_; }
-  cuda::Rank* cuda() { return cuda_.get(); }  // nullptr: the CPU's kernels
-  void refresh();                             // takes over what kernels did that nobody waited for
+  cuda::Rank* cuda() { return cuda_.get(); }                       // nullptr: the CPU's kernels
+  const cuda::Windows* windows() const { return windows_.get(); }  // nullptr: the window lies on the host
+  void refresh();                                                  // takes over what kernels did that nobody waited for
   Wire& wire() { return *wire_; }
   const EndpointConfig& config() const { return config_; }
   bool closed() const { return closed_; }
@@ -119,18 +120,23 @@ class Endpoint : private Doors {
   void fill_page(ControlPage& page, Life life);
   void set_up_context();
   void set_up_kernels();
+  void finish_kernels();
+  u8* inbound(i32 partition) const;
+  u8* outbound(i32 owner) const;
   // On a GPU (endpoint_cuda.cpp): the window lies there, and peers come by it through this rank's door.
   void create_device();
   void open_door(u64 incarnation);
   void open_founders_windows();
-  void set_up_device();
-  bool take_window(i32 owner, i32 partition) noexcept;
-  bool renew_window(i32 writer);
-  void fill_device(i32 partition) noexcept;
+  bool take_window(i32 owner, i32 partition, const cuda::Quiescent& quiescent) noexcept;
+  bool renew_window(i32 writer, const cuda::Quiescent& quiescent);
+  RankSet gone_peers() const;
+  bool may_come_in(const View& view) const;
+  void let_go(const RankSet& owners, const cuda::Quiescent& quiescent) noexcept;
+  void fill_device(i32 partition);
   void start_pulse(const Decision& first, bool joining);
   bool open_page(i32 rank, i32 pid, i32 fd) noexcept override;
   void fill_window(const View& members, u64 first_round, u64 first_collective) noexcept override;
-  bool prepare_for(const Newcomer& newcomer);
+  bool prepare_for(const Newcomer& newcomer, const cuda::Quiescent& quiescent);
   void fill_for(const Newcomer& newcomer);
   bool is_reached() const;
   bool reach(i32 owner, i32 partition);
@@ -155,10 +161,14 @@ class Endpoint : private Doors {
   bool crashed_ = false;
   // Of a member, for whom a partition is ready; of a newcomer, which members it reaches and which know of it.
   u64 prepared_for_ = 0;  // incarnation
+  i32 prepared_rank_ = -1;
   i32 prepared_partition_ = -1;
   NewcomerFabric* newcomer_ = nullptr;
   std::vector<u64> knocked_at_;  // per rank: the incarnation that was knocked at
   std::vector<u64> reached_;     // per rank: which offer of which incarnation is mapped
 };
+
+// Of GPUs: this machine's, or in the test build the twin's. nullptr: there is none, and `why`.
+const cuda::Driver* find_driver(std::string& why);
 
 }  // namespace fa2a

@@ -5,6 +5,7 @@
 
 #include "bindings/endpoint.hpp"
 #include "host/clock.hpp"
+#include "host/death_word.hpp"
 #include "kernels/cuda/host/driver_gpu.hpp"
 #if defined(FA2A_TEST_HOOKS) && FA2A_TEST_HOOKS
 #include <stdlib.h>
@@ -20,13 +21,6 @@ constexpr i32 kNumThreads = 512;  // what the kernels are compiled for
 constexpr i32 kNumTwinThreads = 64;
 constexpr i64 kPatienceNs = 200 * kNsPerMs;  // with a peer whose window is asked for
 
-const cuda::Driver* find_driver(std::string& why) {
-#if defined(FA2A_TEST_HOOKS) && FA2A_TEST_HOOKS
-  if (getenv("FAULT_A2A_TWIN_DRIVER") != nullptr) return &twin::driver();
-#endif
-  return cuda::load_driver(why);
-}
-
 bool is_twin(const cuda::Driver& driver) {
 #if defined(FA2A_TEST_HOOKS) && FA2A_TEST_HOOKS
   return &driver == &twin::driver();
@@ -37,15 +31,23 @@ bool is_twin(const cuda::Driver& driver) {
 
 }  // namespace
 
+const cuda::Driver* find_driver(std::string& why) {
+#if defined(FA2A_TEST_HOOKS) && FA2A_TEST_HOOKS
+  if (getenv("FAULT_A2A_TWIN_DRIVER") != nullptr) return &twin::driver();
+#endif
+  return cuda::load_driver(why);
+}
+
 void Endpoint::create_device() {
   std::string why;
   const cuda::Driver* driver = find_driver(why);
   if (driver == nullptr) throw std::runtime_error("backend: \"cuda\" cannot run here: " + why);
   const i32 num_threads = is_twin(*driver) ? kNumTwinThreads : kNumThreads;
   gpu_ = std::make_unique<cuda::DriverGpu>(*driver, config_.device, config_.cubins, config_.num_sms, num_threads);
-  const cuda::HandleType type = cuda::probe_handles(*driver, config_.device, /*across_nodes=*/false);
+  // The ranks of a group are on one host, so far.
+  cuda::require_handles(*driver, config_.device, cuda::kFileDescriptor);
   windows_ = std::make_unique<cuda::Windows>(
-      *driver, config_.device, type,
+      *driver, config_.device, cuda::kFileDescriptor,
       cuda::Windows::Layout{config_.rank, config_.shape.num_ranks, num_partitions(config_.shape),
                             partition_layout(config_.shape).num_bytes});
 }
@@ -58,13 +60,13 @@ void Endpoint::open_door(u64 incarnation) {
   });
 }
 
-// My partition in the window of `owner`, by whatever life of it my mapping of its page shows. No kernel of mine runs.
-bool Endpoint::take_window(i32 owner, i32 partition) noexcept {
+// My partition in the window of `owner`, by whatever life of it my mapping of its page shows.
+bool Endpoint::take_window(i32 owner, i32 partition, const cuda::Quiescent& quiescent) noexcept {
   const i32 file = Door::ask(fabric_->page(owner).incarnation, partition, kPatienceNs);
   if (file < 0) return false;
   try {
     std::lock_guard<std::mutex> lock(windows_lock_);
-    windows_->plug(owner, file, cuda::Quiescent());
+    windows_->plug(owner, file, quiescent);
     ::close(file);
     return true;
   } catch (const std::runtime_error&) {  // no memory for a mapping: as if the owner had not been there
@@ -74,39 +76,65 @@ bool Endpoint::take_window(i32 owner, i32 partition) noexcept {
 }
 
 void Endpoint::open_founders_windows() {
+  std::lock_guard<std::mutex> calls(calls_);
+  const cuda::Quiescent quiescent(calls, [this] { finish_kernels(); });
   for (i32 owner = 0; owner < config_.num_founders; ++owner)
-    if (owner != config_.rank && !take_window(owner, config_.rank))
+    if (owner != config_.rank && !take_window(owner, config_.rank, quiescent))
       throw std::runtime_error("rank " + std::to_string(owner) + " did not hand over its window; it may have ended");
 }
 
 // Fresh memory where a partition of my window is, beyond the reach of whoever stored into the old one.
-bool Endpoint::renew_window(i32 writer) {
+bool Endpoint::renew_window(i32 writer, const cuda::Quiescent& quiescent) {
   if (!guarded(guard_fresh_partition)) return true;
   try {
     std::lock_guard<std::mutex> lock(windows_lock_);
-    windows_->renew(writer, cuda::Quiescent());
+    windows_->renew(writer, quiescent);
     return true;
   } catch (const std::runtime_error&) {
     return false;
   }
 }
 
-// The words of a partition as prepare_partition left them in the fabric's, whose rows nobody ever touches.
-void Endpoint::fill_device(i32 partition) noexcept {
-  auto* there = reinterpret_cast<u8*>(windows_->inbound(partition));
-  cuda_->upload(there, fabric_->inbound(partition), partition_layout(config_.shape).claims[0]);
+// Whose windows are mapped here though they are out for good: the newest view leaves them out, no round is left to run
+// under one in which they are members, and they are not on their way in.
+RankSet Endpoint::gone_peers() const {
+  // Before the view: a hold for somebody ends, if it lets that one in, with the view that it is in.
+  if (!windows_ || pulse_->hold_state() != HoldState::none) return RankSet();
+  const View& view = newest_view(state_->ring);
+  RankSet gone = windows_->plugged().without(view.active);
+  if (gone.empty() || load_acquire(&state_->started) < view.first_round) return RankSet();
+  if (gone.has(prepared_rank_) && may_come_in(view)) gone.remove(prepared_rank_);
+  return gone;
 }
 
-void Endpoint::set_up_device() {
-  cuda::WindowAddresses addresses;
-  const PartitionLayout at = partition_layout(config_.shape);
-  for (i32 partition = 0; partition < num_partitions(config_.shape); ++partition) {
-    addresses.inbound.push_back(reinterpret_cast<u8*>(windows_->inbound(partition)));
-    gpu_->upload(addresses.inbound.back(), fabric_->inbound(partition), config_.poison ? at.num_bytes : at.claims[0]);
+// Room was made for a newcomer, which was never in and has not gone. One that is merely late must not begin anew.
+bool Endpoint::may_come_in(const View& view) const {
+  const ControlPage& page = fabric_->page(prepared_rank_);
+  if (page.incarnation != prepared_for_ || view.incarnations[prepared_rank_] == prepared_for_) return false;
+  const auto life = static_cast<Life>(__atomic_load_n(&page.life, __ATOMIC_ACQUIRE));
+  return !owner_died(&page.death_word) && (life == Life::joining || life == Life::running);
+}
+
+// So that their hosts can return. What cannot be let go stays as it was, and is looked at again at the next step start:
+// who lives on must not fail over one that is dead.
+void Endpoint::let_go(const RankSet& owners, const cuda::Quiescent& quiescent) noexcept {
+  std::lock_guard<std::mutex> lock(windows_lock_);
+  for (i32 owner = 0; owner < config_.shape.num_ranks; ++owner) {
+    if (!owners.has(owner)) continue;
+    // The same life may knock again.
+    if (owner == prepared_rank_) prepared_for_ = 0;
+    try {
+      windows_->unplug(owner, quiescent);
+    } catch (const std::runtime_error&) {
+    }
   }
-  for (i32 owner = 0; owner < config_.shape.num_ranks; ++owner)
-    addresses.outbound.push_back(reinterpret_cast<u8*>(windows_->outbound(owner)));
-  cuda_ = std::make_unique<cuda::Rank>(context_, std::move(gpu_), addresses);
+}
+
+// The words of a partition as prepare_partition left them in the fabric's, whose rows nobody ever touches but to
+// poison.
+void Endpoint::fill_device(i32 partition) {
+  const PartitionLayout at = partition_layout(config_.shape);
+  cuda_->upload(inbound(partition), fabric_->inbound(partition), config_.poison ? at.num_bytes : at.claims[0]);
 }
 
 void Endpoint::refresh() {

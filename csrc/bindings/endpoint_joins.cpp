@@ -1,5 +1,6 @@
 // Lives that begin while a group runs: a newcomer on its way in, and what members do for it at their step starts.
 #include <algorithm>
+#include <optional>
 #include <stdexcept>
 
 #include "bindings/endpoint.hpp"
@@ -50,8 +51,7 @@ void Endpoint::fill_window(const View& members, u64 first_round, u64 first_colle
   newcomer_->take_partition(mine);
   prepare_partition(fabric_->inbound(mine), config_.shape, me, me, fabric_->page(me).incarnation, first);
   if (windows_) fill_device(mine);
-  if (cuda_)
-    cuda_->set_outbound(me, windows_ ? reinterpret_cast<u8*>(windows_->inbound(mine)) : fabric_->inbound(mine));
+  if (cuda_) cuda_->set_outbound(me, inbound(mine));
   for (SentWords& sent : fabric_->page(me).sent) forget_sent(sent, first);
   context_.next_collective = first_collective;
 }
@@ -73,7 +73,10 @@ bool Endpoint::reach(i32 owner, i32 partition) {
   // The number may be another file's by now; only what was put aside for me says so.
   const auto* header = reinterpret_cast<const PartitionHeader*>(fabric_->outbound(owner) + context_.at.header);
   if (header->magic != kPartitionMagic || header->incarnation != me || header->owner != owner) return false;
-  if (windows_ && !take_window(owner, partition)) return false;
+  if (windows_) {
+    std::lock_guard<std::mutex> calls(calls_);
+    if (!take_window(owner, partition, cuda::Quiescent(calls, [this] { finish_kernels(); }))) return false;
+  }
   // The first word of mine there: by it the owner knows that it is this memory that I have mapped, and not what it put
   // aside for me before.
   store_release(Context::word(fabric_->outbound(owner), context_.at.progress), pack_progress(0, Phase::idle, 1));
@@ -152,17 +155,19 @@ void Endpoint::fill_for(const Newcomer& newcomer) {
 // No round is open: whatever still stores into the old memory is not of a round that anybody here will read, and what
 // this rank stores for that rank from now on goes to the newcomer. So no round may be left to run under the view
 // before, in which the former life is a member and still gets its words: they would land in the newcomer's window.
-bool Endpoint::prepare_for(const Newcomer& newcomer) {
+bool Endpoint::prepare_for(const Newcomer& newcomer, const cuda::Quiescent& quiescent) {
   if (context_.next_round < newcomer.members.first_round && guarded(guard_old_rounds_first)) return false;
   const i32 partition = partition_for_newcomer(newcomer.members, newcomer.rank, num_partitions(config_.shape));
   if (prepared_for_ == newcomer.incarnation && prepared_partition_ == partition) return true;
   const u64 mine = newcomer.members.partitions[config_.rank];
   if (!fabric_->open_outbound(newcomer.rank, newcomer.pid, newcomer.window_fd, mine * context_.at.num_bytes))
     return false;
-  if (windows_ && (!take_window(newcomer.rank, static_cast<i32>(mine)) || !renew_window(partition))) return false;
+  if (windows_ && !take_window(newcomer.rank, static_cast<i32>(mine), quiescent)) return false;
+  if (windows_ && !renew_window(partition, quiescent)) return false;
   const i32 fd = fabric_->renew_inbound(partition);
   if (fd < 0) return false;
   prepared_for_ = newcomer.incarnation;
+  prepared_rank_ = newcomer.rank;
   prepared_partition_ = partition;
   fill_for(newcomer);
   publish(fabric_->page(config_.rank).offer,
@@ -205,11 +210,14 @@ Status Endpoint::wait_out_hold() {
 }
 
 Status Endpoint::begin_step(bool& left_out) {
-  std::lock_guard<std::mutex> lock(calls_);
+  std::lock_guard<std::mutex> calls(calls_);
   Status status = closed_ ? Status::closed : released_status(*state_);
-  if (cuda_ && !closed_ && pulse_->change_waits()) {
-    cuda_->finish_all();
-    cuda_->refresh();
+  // Asked once: what comes up after the wait for the device has its turn at the next step start.
+  const bool changes = pulse_->change_waits();
+  std::optional<cuda::Quiescent> quiescent;
+  if (!closed_ && (changes || !gone_peers().empty())) {
+    quiescent.emplace(calls, [this] { finish_kernels(); });
+    if (cuda_) cuda_->refresh();
   }
   for (const OpenRound& open : context_.rounds)
     if (status == Status::ok && (open.stage != Stage::closed || context_.collective.is_open))
@@ -217,10 +225,11 @@ Status Endpoint::begin_step(bool& left_out) {
   const bool is_leaving = load_relaxed(&fabric_->page(config_.rank).wants_to_leave) != 0;
   left_out = is_leaving && status == Status::evicted;
   if (status != Status::ok) return left_out ? Status::ok : status;
+  if (windows_ && quiescent) let_go(gone_peers(), *quiescent);
   bool holds = pulse_->hold_state() != HoldState::none;  // committed, and quorum was lost over it
-  if (!holds && pulse_->change_waits()) {
+  if (!holds && changes) {
     const std::optional<Newcomer> newcomer = pulse_->newcomer();
-    const bool is_prepared = newcomer && prepare_for(*newcomer);
+    const bool is_prepared = newcomer && prepare_for(*newcomer, *quiescent);
     const StepChange change = pulse_->ready_change();
     const bool is_join = change.kind == ChangeKind::join;
     const bool is_for_newcomer = is_prepared && change.incarnation == prepared_for_ && is_reached();

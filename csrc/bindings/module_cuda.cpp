@@ -2,6 +2,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <string>
+#include <vector>
+
 #include "bindings/endpoint.hpp"
 #include "kernels/cuda/host/driver_gpu.hpp"
 #if defined(FA2A_TEST_HOOKS) && FA2A_TEST_HOOKS
@@ -52,11 +55,31 @@ void launch_combine_receive(Endpoint& e, Address out, Address codes, Address los
                                     num_tokens, at<DeviceHandle>(handle));
 }
 
+// Of the device with that number, or of the machine: why windows there cannot be handed over, "" if they can.
+std::string why_no_windows(i32 device, bool across_hosts) {
+  std::string why;
+  const cuda::Driver* driver = find_driver(why);
+  if (driver == nullptr) return why;
+  return cuda::why_no_handles(*driver, device, across_hosts ? cuda::kFabric : cuda::kFileDescriptor);
+}
+
+#if defined(FA2A_TEST_HOOKS) && FA2A_TEST_HOOKS
+// Where partitions lie in the device's memory: of this rank's window, and this rank's in the windows of others.
+py::tuple window_addresses(Endpoint& e) {
+  std::vector<Address> inbound, outbound;
+  for (i32 partition = 0; partition < num_partitions(e.config().shape); ++partition)
+    inbound.push_back(e.windows()->inbound(partition));
+  for (i32 owner = 0; owner < e.config().shape.num_ranks; ++owner) outbound.push_back(e.windows()->outbound(owner));
+  return py::make_tuple(inbound, outbound);
+}
+#endif
+
 }  // namespace
 
 void bind_cuda(py::module_& m, py::class_<Endpoint, std::shared_ptr<Endpoint>>& endpoint) {
   m.attr("device_rank_bytes") = sizeof(device::DeviceRank);
   m.def("set_stream", &cuda::set_stream);
+  m.def("why_no_windows", &why_no_windows, py::arg("device"), py::arg("across_hosts"));
   // The launches return before their kernels run; without a GPU, with the twin, after.
   using Unlocked = py::call_guard<py::gil_scoped_release>;
   endpoint.def("refresh", &Endpoint::refresh, Unlocked())
@@ -68,6 +91,8 @@ void bind_cuda(py::module_& m, py::class_<Endpoint, std::shared_ptr<Endpoint>>& 
   m.def("begin_twin_capture", &twin::begin_capture);
   m.def("end_twin_capture", &twin::end_capture);
   m.def("replay_twin", &twin::replay, Unlocked());
+  m.def("hold_twin_launches", &twin::hold_launches);
+  endpoint.def("window_addresses", &window_addresses);
 #endif
 }
 

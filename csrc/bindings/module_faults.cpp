@@ -43,6 +43,7 @@ void set_faults(Endpoint& endpoint, const py::dict& fields) {
     for (i32 rank : fields[key].cast<std::vector<i32>>()) set.add(rank);
   };
   ranks("cut", faults.cut);
+  ranks("unheard", faults.unheard);
   ranks("drop_signals", faults.drop_signals);
   ranks("drop_taken", faults.drop_taken);
   if (fields.contains("seed")) faults.seed = fields["seed"].cast<u64>();

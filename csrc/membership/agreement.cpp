@@ -37,11 +37,18 @@ void Agreement::installed(const Decision& decision) {
   accusations_.assign(accusations_.size(), Followed());
 }
 
-void Agreement::follow(Followed& one, const MemberReport& accuser, const MemberReport& accused, i64 now_ns) const {
-  if (one.since_ns == 0) one.since_ns = now_ns, one.accused_beat = accused.beat;
-  if (one.beats && accuser.beat != one.accuser_beat) ++one.num_looks;
+void Agreement::follow(Followed& one, bool of_stall, const MemberReport& accuser, const MemberReport& accused,
+                       i64 now_ns) const {
+  if (one.since_ns == 0) {
+    one.since_ns = now_ns;
+    one.accused_beat = accused.beat;
+    one.accused_progress = accused.progress;
+  }
+  if (one.moves && accuser.beat != one.accuser_beat) ++one.num_looks;
   one.accuser_beat = accuser.beat;
   one.beats |= accused.beat != one.accused_beat;
+  const bool waits_for_more = of_stall && guarded(guard_late_waiters);
+  one.moves |= waits_for_more ? has_come_on(accused.progress, one.accused_progress) : one.beats;
 }
 
 // Edges count once they are `settle` old by this rank's own clock, so that everybody who suffers from the same rank has
@@ -51,6 +58,7 @@ Agreement::Edges Agreement::read_edges(const std::vector<MemberReport>& reports,
   const i32 n = options_.num_ranks;
   edges.accused_by.resize(static_cast<size_t>(n));
   edges.not_looked_again.resize(static_cast<size_t>(n));
+  edges.stands_for.resize(static_cast<size_t>(n));
   for (i32 accuser = 0; accuser < n; ++accuser) {
     const MemberReport& told = reports[static_cast<size_t>(accuser)];
     if (told.accusations == nullptr || !current_.view.active.has(accuser)) continue;
@@ -66,7 +74,8 @@ Agreement::Edges Agreement::read_edges(const std::vector<MemberReport>& reports,
         one = Followed();
         continue;
       }
-      follow(one, told, about, now_ns);
+      const bool of_stall = accusation_field::Kind::unpack(word) == static_cast<u64>(Evidence::stall);
+      follow(one, of_stall, told, about, now_ns);
       if (now_ns - one.since_ns < options_.settle_ns) {
         edges.any_unsettled = true;
         continue;
@@ -76,6 +85,8 @@ Agreement::Edges Agreement::read_edges(const std::vector<MemberReport>& reports,
       if (told.proven_dead) continue;
       if (!one.beats)
         edges.silent_since.add(accused);
+      else if (!one.moves)
+        edges.stands_for[static_cast<size_t>(accuser)].add(accused);
       else if (one.num_looks < kLooksToTakeBack)
         edges.not_looked_again[static_cast<size_t>(accuser)].add(accused);
     }
@@ -206,6 +217,16 @@ bool Agreement::may_go_for(const Edges& edges, const std::vector<MemberReport>& 
   return (edges.not_looked_again[static_cast<size_t>(accuser)] & next).empty();
 }
 
+// Is it too early to let this rank go for a stall that it accuses those of who stay? The first to miss them are those
+// who came to wait first. The others, with experts that took longer, have not waited for `stall_ms` yet; and a few
+// accusers of more ranks are the smaller choice. Not for one who is accused itself: it may go for that.
+bool Agreement::others_may_join(const Edges& edges, i32 accuser, const RankSet& next, i64 now_ns) const {
+  if (now_ns - changing_since_ns_ >= options_.patience_ns || next.has(accuser)) return false;
+  for (i32 rank = 0; rank < options_.num_ranks; ++rank)
+    if (next.has(rank) && edges.accused_by[static_cast<size_t>(rank)].has(accuser)) return false;
+  return !(edges.stands_for[static_cast<size_t>(accuser)] & next).empty();
+}
+
 Agreement::Prospect Agreement::consider(const std::vector<MemberReport>& reports, const Edges& edges,
                                         const RankSet& proven, i64 now_ns, AgreementStep& out) {
   VerdictInput input;
@@ -244,6 +265,7 @@ Agreement::Prospect Agreement::consider(const std::vector<MemberReport>& reports
     out.waits_for = out.waits_for | unheard;
   }
   for (i32 rank = 0; rank < options_.num_ranks; ++rank) {
+    if (others_may_join(edges, rank, verdict.next, now_ns)) all_promised = false;
     if (may_go_for(edges, reports, rank, verdict.next)) continue;
     all_promised = false;
     out.waits_for.add(rank);  // if it never looks again, it is silent itself

@@ -18,6 +18,7 @@ struct AgreementOptions {
   i32 num_partitions = 0;  // of each window
   i64 settle_ns = 50 * 1000000;
   i64 timeout_ns = 10000ll * 1000000;  // without a decision for this long, quorum counts as lost
+  i64 patience_ns = 0;                 // nobody goes sooner for accusing of a stall whoever still stands where it stood
   i64 stagger_ns = 20 * 1000000;       // the i-th member of the next view proposes i times later
   std::vector<i32> host_of;            // [num_ranks], the same on every rank; empty: one rank a host
   bool by_windows = true;              // false: an arbiter outside decides between proposals
@@ -62,19 +63,24 @@ class Agreement {
     bool any_settled = false;
     bool any_unsettled = false;
     RankSet silent_since;  // accused by one who lives, and has not beaten since
-    // [accuser]: whom it accuses although that rank beats, without a look at it since that this rank knows of.
+    // [accuser]: whom it accuses although that rank does again what it is accused of not doing, without a look at it
+    // since that this rank knows of.
     std::vector<RankSet> not_looked_again;
+    std::vector<RankSet> stands_for;  // [accuser]: whom it accuses of a stall, and who has not come on since
   };
   // One accusation as this rank has followed it, from the step that read it first.
   struct Followed {
-    i64 since_ns = 0;      // 0: not followed yet
-    u64 accused_beat = 0;  // at that time
-    u64 accuser_beat = 0;  // last seen
-    bool beats = false;    // the accused has beaten since
-    i32 num_looks = 0;     // how often the accuser's beat was seen to move after that
+    i64 since_ns = 0;          // 0: not followed yet
+    u64 accused_beat = 0;      // at that time
+    u64 accused_progress = 0;  // at that time
+    u64 accuser_beat = 0;      // last seen
+    bool beats = false;        // the accused has beaten since
+    bool moves = false;        // it does again what it is accused of not doing: beats, or of a stall, comes on
+    i32 num_looks = 0;         // how often the accuser's beat was seen to move after that
   };
-  void follow(Followed& one, const MemberReport& accuser, const MemberReport& accused, i64 now_ns) const;
+  void follow(Followed& one, bool of_stall, const MemberReport& accuser, const MemberReport& accused, i64 now_ns) const;
   bool may_go_for(const Edges& edges, const std::vector<MemberReport>& reports, i32 accuser, const RankSet& next) const;
+  bool others_may_join(const Edges& edges, i32 accuser, const RankSet& next, i64 now_ns) const;
   Edges read_edges(const std::vector<MemberReport>& reports, i64 now_ns);
   bool should_change(const std::vector<MemberReport>& reports, const Edges& edges, const RankSet& proven) const;
   StepChange change_to_promise(const std::vector<MemberReport>& reports) const;

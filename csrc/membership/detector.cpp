@@ -29,17 +29,6 @@ i64 Detector::restarted(i64 timeout_ns) const {
   return last;
 }
 
-namespace {
-
-// To another round or phase. A tick alone takes no stall back: before the one who waits for it, a tick excuses nobody
-// (`mutual_wait`), and its kernel goes on holding the stall against it, view after view of the same members.
-bool has_come_on(u64 progress, u64 since) {
-  return progress_field::Round::unpack(progress) != progress_field::Round::unpack(since) ||
-         progress_field::Phase::unpack(progress) != progress_field::Phase::unpack(since);
-}
-
-}  // namespace
-
 void Detector::hear(Peer& peer, const PeerSample& sample, const Timeouts& timeouts) const {
   if (peer.beat_since_ns != 0 && (!sample.readable || sample.process_beat == peer.beat)) return;
   // What this watcher slept itself is no pause of the peer.
@@ -113,7 +102,9 @@ Evidence Detector::judge(i32 rank, const PeerSample& sample, const OwnWait& wait
   Evidence found = judge_silence(peer, wait, timeouts);
   if (found == Evidence::none && sample.readable) found = judge_link(peer, sample, wait, timeouts);
   if (found != Evidence::none) return peer.evidence = found;
-  // Withdrawn as soon as what it rested on has moved; the suspicion itself stays until a view lifts it.
+  // Withdrawn as soon as what it rested on has moved; the suspicion itself stays until a view lifts it. A tick alone
+  // takes no stall back: before the one who waits for it, a tick excuses nobody (`mutual_wait`), and its kernel goes on
+  // holding the stall against it, view after view of the same members.
   const bool moved = peer.evidence == Evidence::stall
                          ? has_come_on(sample.progress, peer.stall_progress) || peer.woke_ns != 0
                      : peer.evidence == Evidence::silence ? now_ns_ - peer.beat_since_ns < timeouts.silence_ns

@@ -9,6 +9,7 @@ struct MemberReport {
   bool proven_dead = false;  // exit or left, verified by this rank itself, before it read the rest
   bool accused = false;      // this rank's kernels or watcher hold a suspicion against it
   u64 beat = 0;              // how often it has shown that it lives, as a number that only moves on; 0: cannot be read
+  u64 progress = 0;          // where it is in its rounds
   Promise promise;
   StepHold hold;                                     // where it holds for a change; nowhere by default
   const u64* accusations = nullptr;                  // its row of the matrix; nullptr: cannot be read

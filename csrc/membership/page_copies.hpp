@@ -33,6 +33,7 @@ struct PageCopies {
 // and requests only where members decide by them. The report points into `copies` and into the page.
 inline void read_page(const ControlPage& page, bool by_windows, PageCopies& copies, MemberReport& report) {
   report.beat = load_acquire(&page.process_beat);
+  report.progress = load_acquire(&page.progress);
   report.promise = copies.promise.newest(page.promise) ? copies.promise.record : Promise();
   if (copies.hold.newest(page.hold)) report.hold = copies.hold.record;
   report.accusations = page.accusations;

@@ -135,7 +135,7 @@ Evidence Pulse::look_at(i32 rank) {
   sample.owner_died = owner_died(&page.death_word);
   sample.has_exited = options_.between_processes && watches_[static_cast<size_t>(rank)].has_exited();
   sample.readable = readable(rank);
-  sample.process_beat = load_acquire(&page.process_beat);
+  sample.process_beat = hears(rank) ? load_acquire(&page.process_beat) : 0;
   sample.progress = load_acquire(&page.progress);
   // The leave is published first and the word let go after; seen in the other order, the leave must be looked at again.
   if (sample.owner_died || sample.has_exited)

@@ -29,6 +29,7 @@ struct PulseOptions {
   bool kernels_have_own_clock = false;   // when a kernel began to wait, it tells by a clock that only it can read
   bool joining = false;                  // this rank is a newcomer, and the first decision is the members' without it
   const RankSet* unreadable = nullptr;   // test build: peers to whom every path is lost
+  const RankSet* unheard = nullptr;      // test build: peers whose beat seems to stand still
   std::atomic<i64>* pause_ns = nullptr;  // test build: the thread sleeps this long, once, as if it were stopped
 };
 
@@ -118,6 +119,7 @@ class Pulse {
   bool all_hold_for_me(StepHold& where);
   void come_in(const Decision& decision, i64 now);
   bool readable(i32 rank) const { return options_.unreadable == nullptr || !options_.unreadable->has(rank); }
+  bool hears(i32 rank) const { return options_.unheard == nullptr || !options_.unheard->has(rank); }
   ControlPage& own() const { return *pages_[static_cast<size_t>(options_.agreement.rank)]; }
 
   std::vector<ControlPage*> pages_;

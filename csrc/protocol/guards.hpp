@@ -40,6 +40,7 @@ namespace fa2a {
   X(frozen_records)       /* a dead member is discounted by its frozen record only             */ \
   X(records_at_accept)    /* in counting accepts as much as in prepare                         */ \
   X(fresh_partition)      /* a newcomer's partition is memory that no earlier life can reach   */ \
+  X(quiet_swap)           /* what lies at an address is swapped once no kernel can run there   */ \
   X(step_start)           /* a newcomer comes in where every member holds at one step start    */ \
   X(hold_bound)           /* nobody holds longer than join_hold_ms, or behind one who has gone */ \
   X(visitor_kept)         /* the page of a life that may be in the next view is not replaced   */ \
@@ -49,6 +50,7 @@ namespace fa2a {
   X(beaten_since)         /* nobody accused is kept who has not beaten since                   */ \
   X(silent_go)            /* of two equally small choices the one with more silent ranks goes  */ \
   X(looked_again)         /* nobody goes for an accusation that it had no time to take back    */ \
+  X(late_waiters)         /* nobody goes first for a stall that others have yet to miss        */ \
   X(stall_awake)          /* whoever did not beat meanwhile did not stall                      */ \
   X(decided_leave)        /* a rank that left as was decided is not accused of it              */ \
   X(frozen_set)           /* what a rank has in a collective is not taken anew in a later view */ \

@@ -124,6 +124,12 @@ static_assert(Round::shift == signal_field::Round::shift && Round::bits == signa
               "rounds_ahead reads either word");
 }  // namespace progress_field
 
+// To another round or phase; a tick is none.
+FA2A_HD constexpr bool has_come_on(u64 progress, u64 since) {
+  return progress_field::Round::unpack(progress) != progress_field::Round::unpack(since) ||
+         progress_field::Phase::unpack(progress) != progress_field::Phase::unpack(since);
+}
+
 // `caller`: between two calls of a round, in the experts or whatever else its caller does.
 // `collective`: in a small collective, whose number stands where the round would.
 enum class Phase : u32 {

@@ -48,6 +48,17 @@ bool find_launches(void* library, Driver& d, std::string& why) {
          find(library, "cuThreadExchangeStreamCaptureMode", d.exchange_capture_mode, why);
 }
 
+// Throws std::runtime_error where no memory with a fabric handle is to be had.
+void try_fabric(const Driver& driver, int device) {
+  const AllocationProperties properties = properties_of(device, kFabric);
+  Handle handle = 0;
+  check(driver, driver.create(&handle, granule_of(driver, properties), &properties, 0), "cuMemCreate");
+  FabricHandle exported;
+  const Result result = driver.export_handle(&exported, handle, kFabric, 0);
+  driver.release(handle);
+  check(driver, result, "cuMemExportToShareableHandle");
+}
+
 }  // namespace
 
 const Driver* load_driver(std::string& why) {
@@ -76,21 +87,45 @@ void check(const Driver& driver, Result result, const char* call) {
                            "; look at nvidia-smi for free memory and at dmesg for the device");
 }
 
-HandleType probe_handles(const Driver& driver, int device, bool across_nodes) {
+AllocationProperties properties_of(int device, HandleType type) {
+  AllocationProperties properties;
+  properties.handle_types = type;
+  properties.location.id = device;
+  return properties;
+}
+
+size_t granule_of(const Driver& driver, const AllocationProperties& properties) {
+  size_t granule = 0;
+  check(driver, driver.get_granularity(&granule, &properties, /*minimum*/ 0), "cuMemGetAllocationGranularity");
+  return granule;
+}
+
+std::string why_no_handles(const Driver& driver, int device, HandleType type) {
+  // A driver that does not know an attribute is older than what it stands for.
   auto has = [&](Attribute attribute) {
     int value = 0;
-    check(driver, driver.get_attribute(&value, attribute, device), "cuDeviceGetAttribute");
-    return value != 0;
+    return driver.get_attribute(&value, attribute, device) == 0 && value != 0;
   };
-  if (!has(kHasVirtualMemory)) throw std::runtime_error("this device has no virtual memory management; use another");
-  if (across_nodes) {
-    if (has(kHasFabric)) return kFabric;
-    throw std::runtime_error(
-        "this device exports no fabric handles, which ranks on several nodes need; look whether IMEX runs "
-        "(nvidia-imex-ctl -N), or keep the group on one node");
+  if (!has(kHasVirtualMemory)) return "this device has no virtual memory management; use another";
+  if (type == kFileDescriptor)
+    return has(kHasFileDescriptors)
+               ? ""
+               : "this device exports no memory to other processes; use virtual ranks in one process";
+  if (!has(kHasFabric))
+    return "this device or its driver exports no fabric handles, which ranks on several hosts need; keep the group on "
+           "one host, or use hosts of one NVLink domain";
+  try {
+    return try_fabric(driver, device), "";
+  } catch (const std::runtime_error& error) {
+    return std::string(error.what()) +
+           ": this process gets no fabric handle, which ranks on several hosts need; look whether IMEX runs "
+           "(nvidia-imex-ctl -N) and whether this process sees a channel in /dev/nvidia-caps-imex-channels";
   }
-  if (has(kHasFileDescriptors)) return kFileDescriptor;
-  throw std::runtime_error("this device exports no memory to other processes; use virtual ranks in one process");
+}
+
+void require_handles(const Driver& driver, int device, HandleType type) {
+  const std::string why = why_no_handles(driver, device, type);
+  if (!why.empty()) throw std::runtime_error(why);
 }
 
 }  // namespace cuda

@@ -26,6 +26,11 @@ struct Location {
 
 enum HandleType : int { kNoHandle = 0, kFileDescriptor = 1, kFabric = 8 };
 
+// By which other hosts of an NVLink domain import memory.
+struct FabricHandle {
+  u8 bytes[64] = {};
+};
+
 struct AllocationProperties {
   int type = 1;  // pinned
   int handle_types = kNoHandle;
@@ -94,9 +99,16 @@ const Driver* load_driver(std::string& why);
 // Throws std::runtime_error that names the call and what to look at.
 void check(const Driver& driver, Result result, const char* call);
 
-// How windows of this device can be handed to others: across an NVLink domain if the driver can, on a node else.
-// Throws std::runtime_error that says what is missing.
-HandleType probe_handles(const Driver& driver, int device, bool across_nodes);
+// Why memory of this device cannot be handed to others by handles of this type; "" if it can. Fabric handles are tried
+// out: the attribute says what driver and device know, and not whether IMEX lets this process have any.
+std::string why_no_handles(const Driver& driver, int device, HandleType type);
+
+// Throws std::runtime_error with the answer to that, if there is one.
+void require_handles(const Driver& driver, int device, HandleType type);
+
+// What an allocation is asked for.
+AllocationProperties properties_of(int device, HandleType type);
+size_t granule_of(const Driver& driver, const AllocationProperties& properties);
 
 }  // namespace cuda
 }  // namespace fa2a

@@ -7,17 +7,6 @@
 namespace fa2a {
 namespace cuda {
 
-namespace {
-
-AllocationProperties properties_of(int device, HandleType type) {
-  AllocationProperties properties;
-  properties.handle_types = type;
-  properties.location.id = device;
-  return properties;
-}
-
-}  // namespace
-
 Memory Memory::create(const Driver& driver, int device, HandleType type, u64 num_bytes) {
   const AllocationProperties properties = properties_of(device, type);
   Handle handle = 0;
@@ -52,8 +41,13 @@ int Memory::export_file_descriptor() const {
 }
 
 Range::Range(const Driver& driver, int device, u64 num_bytes, u64 granule_bytes)
-    : driver_(driver), device_(device), num_bytes_(num_bytes), granule_bytes_(granule_bytes) {
-  check(driver_, driver_.reserve(&address_, num_bytes_, granule_bytes_, 0, 0), "cuMemAddressReserve");
+    : driver_(driver), device_(device), num_bytes_(num_bytes) {
+  check(driver_, driver_.reserve(&address_, num_bytes_, granule_bytes, 0, 0), "cuMemAddressReserve");
+}
+
+Range::Range(const Driver& driver, int device, u64 num_bytes, u64 granule_bytes, Content first)
+    : Range(driver, device, num_bytes, granule_bytes) {
+  put(std::move(first));  // the destructor undoes it if it fails
 }
 
 Range::~Range() {
@@ -63,56 +57,53 @@ Range::~Range() {
 
 // Piece by piece, as it was mapped: the driver unmaps whole mappings only.
 void Range::unmap() noexcept {
-  for (u64 at = 0; at < num_mapped_bytes_; at += piece_bytes_) driver_.unmap(address_ + at, piece_bytes_);
+  for (u64 at = 0; at < num_mapped_bytes_; at += content_.num_bytes) driver_.unmap(address_ + at, content_.num_bytes);
   num_mapped_bytes_ = 0;
-  memory_.reset();
 }
 
-void Range::map_piece(Address at, u64 num_bytes, Handle handle) {
-  check(driver_, driver_.map(at, num_bytes, 0, handle, 0), "cuMemMap");
-  piece_bytes_ = num_bytes;
-  num_mapped_bytes_ += num_bytes;
-}
-
-void Range::open_access() {
+void Range::put(Content content) {
+  content_ = std::move(content);
+  const Handle handle = content_.memory->handle();
+  while (num_mapped_bytes_ < num_bytes_) {
+    check(driver_, driver_.map(address_ + num_mapped_bytes_, content_.num_bytes, 0, handle, 0), "cuMemMap");
+    num_mapped_bytes_ += content_.num_bytes;
+  }
   AccessDescription access;
   access.location.id = device_;
   check(driver_, driver_.set_access(address_, num_bytes_, &access, 1), "cuMemSetAccess");
 }
 
-void Range::map(Memory memory) {
-  if (num_mapped_bytes_ != 0) throw std::logic_error("memory lies at this address already; replace it");
-  map_piece(address_, num_bytes_, memory.handle());
-  memory_ = std::make_unique<Memory>(std::move(memory));
-  open_access();
-}
-
-void Range::replace(Memory memory, const Quiescent&) {
+void Range::replace(Content content, const Quiescent&) {
+  Content before = content_;
   unmap();
-  map(std::move(memory));
-}
-
-void Range::replace_by_dummy(const Memory& dummy, const Quiescent&) {
-  unmap();
-  for (u64 at = 0; at < num_bytes_; at += granule_bytes_) map_piece(address_ + at, granule_bytes_, dummy.handle());
-  open_access();
+  try {
+    put(std::move(content));
+  } catch (const std::runtime_error&) {
+    unmap();
+    put(std::move(before));
+    throw;
+  }
 }
 
 Windows::Windows(const Driver& driver, int device, HandleType type, const Layout& layout)
-    : driver_(driver), device_(device), type_(type), layout_(layout) {
-  const AllocationProperties properties = properties_of(device, type);
-  size_t granule = 0;
-  check(driver_, driver_.get_granularity(&granule, &properties, /*minimum*/ 0), "cuMemGetAllocationGranularity");
-  granule_bytes_ = granule;
-  num_bytes_ = round_up(layout.partition_bytes, granule_bytes_);
-  dummy_ = std::make_unique<Memory>(new_memory(granule_bytes_));
-  for (i32 writer = 0; writer < layout.num_writers; ++writer) {
-    inbound_.push_back(std::make_unique<Range>(driver_, device_, num_bytes_, granule_bytes_));
-    inbound_.back()->map(new_memory(num_bytes_));
-  }
+    : driver_(driver),
+      device_(device),
+      type_(type),
+      layout_(layout),
+      granule_bytes_(granule_of(driver, properties_of(device, type))),
+      num_bytes_(round_up(layout.partition_bytes, granule_bytes_)),
+      dummy_(std::make_shared<const Memory>(Memory::create(driver, device, type, granule_bytes_))) {
+  for (i32 writer = 0; writer < layout.num_writers; ++writer) inbound_.push_back(new_range(fresh_partition()));
   for (i32 owner = 0; owner < layout.num_ranks; ++owner)
-    outbound_.push_back(owner == layout.rank ? nullptr
-                                             : std::make_unique<Range>(driver_, device_, num_bytes_, granule_bytes_));
+    outbound_.push_back(owner == layout.rank ? nullptr : new_range(dummy()));
+}
+
+Content Windows::fresh_partition() const {
+  return {std::make_shared<const Memory>(Memory::create(driver_, device_, type_, num_bytes_)), num_bytes_};
+}
+
+std::unique_ptr<Range> Windows::new_range(Content first) const {
+  return std::make_unique<Range>(driver_, device_, num_bytes_, granule_bytes_, std::move(first));
 }
 
 Range& Windows::range_in(i32 owner) const {
@@ -125,21 +116,23 @@ Range& Windows::peer_range(i32 owner) const {
 }
 
 int Windows::export_partition(i32 writer) const {
-  return inbound_[static_cast<size_t>(writer)]->memory()->export_file_descriptor();
+  return inbound_[static_cast<size_t>(writer)]->memory().export_file_descriptor();
 }
 
-void Windows::open(i32 owner, int fd) { peer_range(owner).map(Memory::import_file_descriptor(driver_, fd)); }
-
-void Windows::unplug(i32 owner, const Quiescent& quiescent) { peer_range(owner).replace_by_dummy(*dummy_, quiescent); }
-
 void Windows::plug(i32 owner, int fd, const Quiescent& quiescent) {
-  peer_range(owner).replace(Memory::import_file_descriptor(driver_, fd), quiescent);
+  auto theirs = std::make_shared<const Memory>(Memory::import_file_descriptor(driver_, fd));
+  peer_range(owner).replace({std::move(theirs), num_bytes_}, quiescent);
+  plugged_.add(owner);
+}
+
+void Windows::unplug(i32 owner, const Quiescent& quiescent) {
+  peer_range(owner).replace(dummy(), quiescent);
+  plugged_.remove(owner);
 }
 
 void Windows::renew(i32 writer, const Quiescent& quiescent) {
   // Made before the old one is let go: without memory for it the partition stays as it was.
-  Memory fresh = new_memory(num_bytes_);
-  inbound_[static_cast<size_t>(writer)]->replace(std::move(fresh), quiescent);
+  inbound_[static_cast<size_t>(writer)]->replace(fresh_partition(), quiescent);
 }
 
 }  // namespace cuda

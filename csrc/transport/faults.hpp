@@ -42,6 +42,7 @@ enum Lie : u32 {
 struct Faults {
   u64 seed = 1;
   RankSet cut;             // loses everything between this rank and those
+  RankSet unheard;         // takes these for silent, although they beat: this rank's watcher is sick
   RankSet drop_signals;    // loses data signals only; beats pass
   RankSet drop_taken;      // loses the words that give chunks back
   i64 slow_row_ns = 0;     // sleeps up to this long before each row, at random

@@ -76,6 +76,7 @@ def examine() -> Found:
     if not core_why:
         exit_evidence = _probe_exit_evidence()
     machine["exit_evidence"] = exit_evidence
+    machine["gpu_windows"] = _gpu_windows(core_why)
     backends = {"cpu": _cpu(core_why, machine), "triton": _triton(), "cuda": _cuda()}
     answer = {"version": __version__, "backends": backends, "auto": _auto()}
     return {**answer, "machine": machine, "advice": _advice(machine)}
@@ -181,6 +182,20 @@ def _has_pidfd() -> bool:
     except OSError:
         return False
     return True
+
+
+def _gpu_windows(core_why: str) -> Found:
+    """By which handles windows on the first GPU can be imported: by processes of this host, and by other hosts of its
+    NVLink domain. Not run on a GPU."""
+    found = {}
+    for name, across_hosts in (("file_descriptors", False), ("fabric", True)):
+        why = "it needs the native core"
+        if not core_why:
+            from fault_a2a._core import core
+
+            why = core.why_no_windows(0, across_hosts)
+        found[name] = {"available": not why, "why": why}
+    return found
 
 
 def _probe_exit_evidence() -> Found:
@@ -356,6 +371,9 @@ def _lines(answer: Found) -> list[str]:
         f"  futex_waitv    {'yes' if machine['futex_waitv'] else 'no'}",
         f"  pidfd          {'yes' if machine['pidfd'] else 'no'}",
     ]
+    for label, name in (("gpu windows    ", "file_descriptors"), ("gpu fabric     ", "fabric")):
+        found = machine["gpu_windows"][name]
+        lines.append(f"  {label}{'yes' if found['available'] else 'no, ' + found['why']}")
     lines += [f"\n{sentence}" for sentence in answer["advice"]]
     return lines + (_window_lines(answer["window"]) if "window" in answer else [])
 

@@ -22,7 +22,7 @@ using cuda::Result;
 
 namespace {
 
-constexpr Result kInvalidValue = 1, kOutOfMemory = 2, kNotFound = 500;
+constexpr Result kInvalidValue = 1, kOutOfMemory = 2, kNotFound = 500, kIllegalAddress = 700;
 constexpr u64 kGranule = 64 << 10;
 constexpr i32 kNumThreads = 64;
 constexpr u64 kArgumentBytes = 64;  // more than any kernel takes
@@ -37,7 +37,13 @@ struct PerThread {
   Grid grid;
   bool is_captured = false;
   std::vector<std::vector<Kept>> graphs;
+  bool holds_launches = false;
+  std::vector<Kept> held;
+  bool is_lost = false;  // its context
 };
+
+// Whoever makes a stream has this one, for copies; launches go on torch's current one, which is none here.
+char own_stream;
 
 PerThread& mine() {
   thread_local PerThread state;
@@ -65,6 +71,7 @@ Result reserve(Address* address, size_t num_bytes, size_t, Address, u64) {
 }
 
 Result unmap(Address address, size_t num_bytes) {
+  mine().is_lost |= !mine().held.empty();
   void* range = mmap(at(address), num_bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
   return range == MAP_FAILED ? kInvalidValue : 0;
 }
@@ -130,6 +137,29 @@ u64 argument_bytes(device::Kernel kernel) {
   return 0;
 }
 
+Result well_or_lost() { return mine().is_lost ? kIllegalAddress : 0; }
+
+Result run_now(Kept kept, i32 num_threads) {
+  if (mine().is_lost) return kIllegalAddress;
+  kept.launch.arguments = kept.arguments;
+  return run(mine().grid, num_threads, kept.launch) ? 0 : kInvalidValue;
+}
+
+Result run_or_hold(const Kept& kept, i32 num_threads) {
+  if (!mine().holds_launches) return run_now(kept, num_threads);
+  mine().held.push_back(kept);
+  return well_or_lost();
+}
+
+Result finish() {
+  std::vector<Kept> held;
+  held.swap(mine().held);
+  Result result = well_or_lost();
+  for (const Kept& kept : held)
+    if (result == 0) result = run_now(kept, kNumThreads);
+  return result;
+}
+
 Result launch(cuda::Function function, unsigned grid_x, unsigned, unsigned, unsigned block_x, unsigned, unsigned,
               unsigned, cuda::Stream, void** arguments, void**) {
   Kept kept{};
@@ -138,14 +168,12 @@ Result launch(cuda::Function function, unsigned grid_x, unsigned, unsigned, unsi
   kept.launch.rank = *static_cast<device::DeviceRank**>(arguments[0]);
   kept.launch.handle = *static_cast<device::DeviceHandle**>(arguments[2]);
   memcpy(kept.arguments, arguments[1], argument_bytes(kept.launch.kernel));
-  PerThread& state = mine();
-  if (state.is_captured) {
-    state.graphs.back().push_back(kept);
-    return 0;
-  }
-  kept.launch.arguments = kept.arguments;
-  return run(state.grid, static_cast<i32>(block_x), kept.launch) ? 0 : kInvalidValue;
+  if (!mine().is_captured) return run_or_hold(kept, static_cast<i32>(block_x));
+  mine().graphs.back().push_back(kept);
+  return 0;
 }
+
+Result finish_stream(cuda::Stream stream) { return stream == &own_stream ? well_or_lost() : finish(); }
 
 Result allocate(Address* address, size_t num_bytes) {
   void* memory = nullptr;
@@ -157,15 +185,15 @@ Result allocate(Address* address, size_t num_bytes) {
 
 Result fill(Address address, unsigned char value, size_t num_bytes, cuda::Stream) {
   memset(at(address), value, num_bytes);
-  return 0;
+  return well_or_lost();
 }
 Result copy_in(Address to, const void* from, size_t num_bytes, cuda::Stream) {
   memcpy(at(to), from, num_bytes);
-  return 0;
+  return well_or_lost();
 }
 Result copy_out(void* to, Address from, size_t num_bytes, cuda::Stream) {
   memcpy(to, at(from), num_bytes);
-  return 0;
+  return well_or_lost();
 }
 
 cuda::Driver make_driver() {
@@ -190,7 +218,7 @@ cuda::Driver make_driver() {
   d.name_error = [](Result, const char** name) { return *name = "an error of the twin's driver", 0; };
   d.retain_context = [](cuda::Context*, int) { return 0; };
   d.set_context = [](cuda::Context) { return 0; };
-  d.finish_context = [] { return 0; };
+  d.finish_context = finish;
   d.load_module = [](cuda::Module*, const void*) { return 0; };
   d.get_function = get_function;
   d.launch = launch;
@@ -199,9 +227,9 @@ cuda::Driver make_driver() {
   d.fill = fill;
   d.copy_in = copy_in;
   d.copy_out = copy_out;
-  d.create_stream = [](cuda::Stream*, unsigned) { return 0; };
+  d.create_stream = [](cuda::Stream* stream, unsigned) { return *stream = &own_stream, 0; };
   d.destroy_stream = [](cuda::Stream) { return 0; };
-  d.finish_stream = [](cuda::Stream) { return 0; };
+  d.finish_stream = finish_stream;
   d.share = [](void* host, size_t, unsigned) { return reinterpret_cast<u64>(host) % kPage == 0 ? 0 : kInvalidValue; };
   d.unshare = [](void*) { return 0; };
   d.shared_address = [](Address* address, void* host, unsigned) {
@@ -229,11 +257,10 @@ i32 end_capture() {
 }
 
 void replay(i32 graph) {
-  for (Kept kept : mine().graphs.at(static_cast<size_t>(graph))) {
-    kept.launch.arguments = kept.arguments;
-    run(mine().grid, kNumThreads, kept.launch);
-  }
+  for (const Kept& kept : mine().graphs.at(static_cast<size_t>(graph))) run_or_hold(kept, kNumThreads);
 }
+
+void hold_launches(bool holds) { mine().holds_launches = holds; }
 
 }  // namespace twin
 }  // namespace fa2a

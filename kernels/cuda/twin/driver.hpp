@@ -15,5 +15,9 @@ void begin_capture();
 i32 end_capture();  // which graph of this thread they are
 void replay(i32 graph);
 
+// From now on what the calling thread launches waits, as on a chip that is busy, until the thread waits for it. An
+// unmap meanwhile is what it is on a chip: nothing that the thread asks afterwards is done, and all of it fails.
+void hold_launches(bool holds);
+
 }  // namespace twin
 }  // namespace fa2a
