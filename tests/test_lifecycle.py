@@ -140,10 +140,10 @@ class EndpointThatEnds:
     def _view(self, epoch: int, active: list[int]) -> tuple[dict[str, Any], int]:
         return {"epoch": epoch, "active": active, "incarnations": [0, 1], "first_round": epoch, "reason": ""}, 0
 
-    def views(self) -> list[tuple[dict[str, Any], int]]:
-        return self._views
+    def views(self, from_epoch: int = 0) -> list[tuple[dict[str, Any], int]]:
+        return [one for one in self._views if one[0]["epoch"] >= from_epoch]
 
-    def evidence(self) -> list[tuple[int, str, int]]:
+    def evidence(self, num_known: int = 0) -> list[tuple[int, str, int]]:
         return []
 
     def is_leaving(self) -> bool:

@@ -216,7 +216,8 @@ void Pulse::join_turn(i64 now) {
     base.view.incarnations[me] = own().incarnation;
     state_.ring.views[0] = base.view;
     agreement_ = Agreement(options_.agreement, base);
-    views_.assign(1, {base, now});
+    views_.clear();
+    keep(base, now);
     store_release(&own().ready_for, 0);
   }
   const u64 epoch = agreement_.current().view.epoch;
@@ -239,7 +240,8 @@ void Pulse::come_in(const Decision& decision, i64 now) {
   state_.started = view.first_round;
   state_.ring.views[0] = view;
   agreement_ = Agreement(options_.agreement, decision);
-  views_.assign(1, {decision, now});
+  views_.clear();
+  keep(decision, now);
   announced_epoch_ = view.epoch;
   store_release(&own().progress, pack_progress(view.first_round - 1, Phase::idle, 0));
   publish(own().decision, decision);

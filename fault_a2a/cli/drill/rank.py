@@ -40,6 +40,7 @@ SETTLE_S = 10.0  # for the last view changes, once all steps are done
 LIVE_POLL_S = 0.1
 _START_LOOK_S = 0.001  # between two looks of a rank that waits at a step start
 FIRST_ROUND = 1  # of step 0; round 0 is construction's
+MOST_VIEWS = 64  # that a rank remembers, beside one for each step that may wait for the judge
 MOST_LOSSY_UNJUDGED = 4  # steps with losses in a row that wait for the judge, at least
 _PR_SET_PDEATHSIG = 1
 
@@ -146,7 +147,7 @@ class DrillRank:
         group = fault_a2a.Group(store, rank, self.drill.ranks, name=GROUP_NAME)
         self.buffer = Buffer(group, self.drill.config(self.rank), join=life > 0)
         self._num_evidence_told = 0
-        self._num_views_told = 0
+        self._told_epoch = -1
         self._views: list[tuple[View, int]] = []
         self._telling = threading.Lock()
         self._ended = threading.Event()
@@ -286,7 +287,8 @@ class DrillRank:
     def _active_mask(self, round_number: int) -> tuple[int, ...]:
         """Of the view that the round ran in: the newest one that begins with it or earlier."""
         if not self._views or self._views[-1][0].epoch != self.buffer.view.epoch:
-            self._views = self.buffer.views()
+            known = self._views[-1][0].epoch + 1 if self._views else 0
+            self._views = [*self._views, *self.buffer.views(known)][-(MOST_VIEWS + self.drill.judge_later) :]
         return next(view.active_mask for view, _ in reversed(self._views) if view.first_round <= round_number)
 
     # -- faults ------------------------------------------------------------------------------------------------------
@@ -320,11 +322,12 @@ class DrillRank:
     def _tell_seen(self) -> None:
         """Evidence and views that the parent has not heard of yet."""
         with self._telling:
-            evidence, views = self.buffer.evidence(), self.buffer.views()
-            new_evidence, new_views = evidence[self._num_evidence_told :], views[self._num_views_told :]
+            new_evidence = self.buffer.evidence(self._num_evidence_told)
+            new_views = self.buffer.views(self._told_epoch + 1)
             if not new_evidence and not new_views:
                 return
-            self._num_evidence_told, self._num_views_told = len(evidence), len(views)
+            self._num_evidence_told += len(new_evidence)
+            self._told_epoch = max([self._told_epoch, *(view.epoch for view, _ in new_views)])
             self.pipes.tell(
                 "seen",
                 suspects=self.buffer.core.suspects(),
