@@ -63,6 +63,7 @@ SCHEDULED = ("visitor_kept",)
 # About lives that end and begin, which takes processes.
 JOINS: dict[str, Callable[..., Wrong]] = {
     "fresh_partition": join_scenarios.zombie,
+    "members_anew": join_scenarios.replaced_while_another_joins,
     "step_start": join_scenarios.one_late_rank,
     "hold_bound": join_scenarios.one_rank_marks_few_steps,
 }

@@ -39,6 +39,7 @@ Pulse::Pulse(std::vector<ControlPage*> pages, RankState& state, const PulseOptio
   joining_.store(options_.joining);
   // A newcomer's first is not quite what was decided: it names the newcomer's own life already.
   if (!options_.joining) publish(own().decision, first);
+  for (const ControlPage* page : pages_) met_.push_back(page->incarnation);
   if (!options_.between_processes) return;
   for (const ControlPage* page : pages_) watches_.emplace_back(static_cast<i32>(page->pid));
 }

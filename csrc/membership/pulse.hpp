@@ -126,6 +126,7 @@ class Pulse {
   void forget_changes();
   bool commit_hold(const StepChange& change);
   void join_turn(i64 now);
+  void meet_members();
   const Decision* newest_decision();
   bool all_hold_for_me(StepHold& where);
   void come_in(const Decision& decision, i64 now);
@@ -137,6 +138,7 @@ class Pulse {
   PulseOptions options_;
   Detector detector_;
   std::vector<ProcessWatch> watches_;
+  std::vector<u64> met_;  // of a newcomer: whose page it was that the watch and the copies are of
   DeathWordHolder death_word_;
   std::thread thread_;
   std::atomic<bool> ending_{false};
