@@ -10,6 +10,7 @@ from fault_a2a.cli.drill.faults import Fault, parse_faults
 from fault_a2a.cli.drill.options import LateHelpParser, add_arguments, read_drill
 from fault_a2a.cli.drill.story import Holdings, RankStory, Story
 from fault_a2a.cli.one_group import (
+    SILENCE_MS,
     STEPS,
     OneGroup,
     episode_faults,
@@ -17,7 +18,7 @@ from fault_a2a.cli.one_group import (
     growth_problems,
     witness,
 )
-from fault_a2a.cli.soak import SILENCE_MS, closing
+from fault_a2a.cli.soak import closing
 from fault_a2a.core_fields import phases
 
 PHASES = ["dispatch.copy", "combine.wait"]
@@ -109,7 +110,7 @@ def test_the_next_episode_follows_in_steps_and_the_last_is_judged_when_it_has_cl
     assert soak.next_episode(ended_episode(soak.drill, held)) is None and len(soak.reports) == 2
     soak.take_last(ended_episode(soak.drill, Holdings(rss_kb=1000, files=60, threads=3, mappings=100)))
     answer = soak.report()
-    rejoins = [fault for number in range(3) for fault in faults_of(3, number, 4) if fault.kind == "rejoin"]
+    rejoins = [fault for number in range(3) for fault in faults_of_real(3, number, 4) if fault.kind == "rejoin"]
     assert answer["episodes"] == 3 and answer["lives"] == 4 + len(rejoins)
     assert answer["last_epoch"] == 15 and answer["epochs"] == 15, "epochs count on from episode to episode"
     assert not answer["ok"] and len(answer["problems"]) == 1 and "20 open files" in answer["problems"][0]
@@ -117,20 +118,20 @@ def test_the_next_episode_follows_in_steps_and_the_last_is_judged_when_it_has_cl
 
 
 @pytest.mark.parametrize(
-    ("name", "leak", "noise"), [("rss_kb", 40, 12_000), ("files", 1, 3), ("threads", 1, 1), ("mappings", 1, 20)]
+    ("name", "leak", "noise"), [("rss_kb", 40, 12_000), ("files", 1, 11), ("threads", 1, 1), ("mappings", 1, 20)]
 )
 def test_what_grows_with_every_replacement_is_found_and_what_comes_and_goes_is_not(
     name: str, leak: int, noise: int
 ) -> None:
     first = {"rss_kb": 300_000, "files": 40, "threads": 4, "mappings": 700}
     grown = first | {name: first[name] + leak * 1000}
-    assert growth_problems([Holdings(**first), Holdings(**first | {name: first[name] + noise})], 1000) == []
-    (problem,) = growth_problems([Holdings(**first), Holdings(**grown)], 1000)
+    assert growth_problems([Holdings(**first), Holdings(**first | {name: first[name] + noise})], 8, 1000) == []
+    (problem,) = growth_problems([Holdings(**first), Holdings(**grown)], 8, 1000)
     assert f"{grown[name]} " in problem and "after 1000 replacements" in problem
 
 
 def test_it_is_not_judged_by_one_look() -> None:
-    assert growth_problems([], 9) == [] and growth_problems([Holdings()], 9) == []
+    assert growth_problems([], 3, 9) == [] and growth_problems([Holdings()], 3, 9) == []
 
 
 def soak_one_group(minutes: float, num_ranks: int, seed: int) -> dict:

@@ -137,8 +137,12 @@ class Judged:
         return next((self._name(one) for one in found), None)
 
     def accused(self, accuser: RankStory, evidence: EvidenceTold) -> Life:
-        """Whom evidence is about: the life that the accuser knew at that instant."""
-        views = [view for view in accuser.views if view.installed_at_ns <= evidence.at_ns] or accuser.views[:1]
+        """Whom evidence is about: the life that the accuser knew at that instant.
+
+        A view without the accuser tells it of its end, and of nobody to watch.
+        """
+        views = [view for view in accuser.views if not accuser.is_left_out(view)]
+        views = [view for view in views if view.installed_at_ns <= evidence.at_ns] or views[:1]
         known = self._life_in(views[-1], evidence.rank) if views else None
         if known is not None:
             return known
