@@ -274,14 +274,24 @@ class Lines:
         pass
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_an_interrupted_drill_leaves_no_process(number):
+@pytest.mark.parametrize(
+    ("strike", "number"),
+    [
+        (os.kill, signal.SIGINT),
+        (os.kill, signal.SIGTERM),
+        (os.kill, signal.SIGKILL),
+        # Red when the store dies of it and is asked all the same.
+        (os.killpg, signal.SIGTERM),
+    ],
+)
+def test_an_interrupted_drill_leaves_no_process(strike, number):
     before = names_in_shared_memory()
     parent = subprocess.Popen(
         [sys.executable, "-m", "fault_a2a", "drill", *SMALL, "--steps", "100000", "--stop", "1@10:60000"],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     )
     try:
         for line in parent.stdout:
@@ -289,7 +299,7 @@ def test_an_interrupted_drill_leaves_no_process(number):
                 break
         ranks = children_of(parent.pid)
         assert len(ranks) == 4 + 1, "and their store"
-        os.kill(parent.pid, number)
+        strike(parent.pid, number)
         assert parent.wait(20) == {signal.SIGKILL: -signal.SIGKILL}.get(number, 130)
     finally:
         parent.kill()

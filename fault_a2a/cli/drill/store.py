@@ -40,11 +40,20 @@ class StoreProcess:
         self.port = int(line)
 
     def end(self) -> None:
-        os.kill(self._pid, signal.SIGKILL)
-        os.waitpid(self._pid, 0)
+        if self._is_alive():
+            os.kill(self._pid, signal.SIGKILL)
+            os.waitpid(self._pid, 0)
+
+    def _is_alive(self) -> bool:
+        """False from when it was reaped: the pid may be somebody else's by then."""
+        if self._pid and os.waitpid(self._pid, os.WNOHANG)[0]:
+            self._pid = 0
+        return self._pid != 0
 
     def unlink_leftovers(self, num_ranks: int) -> list[str]:
         """Removes the group's names of shared memory, and returns them. There are none once all ranks have opened."""
+        if not self._is_alive():  # nobody knows by then what the group's names are
+            return []
         store = torch.distributed.TCPStore(_HOST, self.port, is_master=False, timeout=_TIMEOUT)
         key = Group(store, 0, num_ranks, name=GROUP_NAME).key("start", 0)
         if not store.check([key]):
@@ -59,8 +68,9 @@ class StoreProcess:
 def _serve(told_fd: int, parent_pid: int) -> NoReturn:
     try:
         die_with_the_parent(parent_pid)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        # Whoever ends the drill may signal all of its processes; the parent asks this one about leftovers yet.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
         store = torch.distributed.TCPStore(_HOST, 0, is_master=True, wait_for_workers=False)
         os.write(told_fd, b"%d\n" % store.port)
         os.close(told_fd)
