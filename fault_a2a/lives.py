@@ -36,13 +36,17 @@ class Membership:
         """The newest view installed on this rank. Does not block."""
         return View.of(self.core.current())
 
-    def views(self) -> list[tuple[View, int]]:
-        """Every view with the time it was installed (CLOCK_MONOTONIC ns); one without this rank comes last."""
-        return [(View.of(decision), at_ns) for decision, at_ns in self.core.views()]
+    def views(self, from_epoch: int = 0) -> list[tuple[View, int]]:
+        """Every view with the time it was installed (CLOCK_MONOTONIC ns); one without this rank comes last.
 
-    def evidence(self) -> list[Evidence]:
-        """What this rank found against peers, in order."""
-        return [Evidence(rank, kind, at_ns) for rank, kind, at_ns in self.core.evidence()]
+        Args:
+            from_epoch: leave out those before it. A group may live through any number of them.
+        """
+        return [(View.of(decision), at_ns) for decision, at_ns in self.core.views(from_epoch)]
+
+    def evidence(self, num_known: int = 0) -> list[Evidence]:
+        """What this rank found against peers, in order; without the first ``num_known``."""
+        return [Evidence(rank, kind, at_ns) for rank, kind, at_ns in self.core.evidence(num_known)]
 
     def on_view_change(self, callback: Callable[[View], None]) -> None:
         """Calls ``callback(view)`` on a thread of the buffer after each new view; ``view.reason`` says why it came."""

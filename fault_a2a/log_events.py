@@ -77,14 +77,13 @@ class GroupLog:
 
     def look(self) -> None:
         """Cheap, and from one thread."""
-        evidence = self._endpoint.evidence()
-        for peer, kind, _ in evidence[self._num_evidence :]:
+        evidence = self._endpoint.evidence(self._num_evidence)
+        for peer, kind, _ in evidence:
             if kind != "left":  # planned, as far as this rank can tell; the view that follows says that it went
                 tell("peer_suspected", rank=self._rank, peer=peer, evidence=kind, epoch=self._epoch)
-        self._num_evidence = len(evidence)
-        for decision, _ in self._endpoint.views():
-            if decision["epoch"] > self._epoch:
-                self._tell_view(decision)
+        self._num_evidence += len(evidence)
+        for decision, _ in self._endpoint.views(self._epoch + 1):
+            self._tell_view(decision)
 
     def _tell_view(self, decision: dict[str, Any]) -> None:
         active = set(decision["active"])

@@ -145,9 +145,7 @@ class MembershipThread:
         self._log.look()
         if not self._callbacks:
             return
-        for decision, _ in self._endpoint.views():
-            if decision["epoch"] <= self._told_epoch:
-                continue
+        for decision, _ in self._endpoint.views(self._told_epoch + 1):
             self._told_epoch = decision["epoch"]
             for callback in self._callbacks:
                 try:

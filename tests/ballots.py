@@ -38,6 +38,7 @@ PROGRAMS = {
         )
     ),
     "doors": Program(("tests/native/doors.cpp", "csrc/host/door.cpp", "csrc/host/clock.cpp")),
+    "detector": Program(("tests/native/detector.cpp", "csrc/host/hooks.cpp", "csrc/membership/detector.cpp")),
     # The simulator is its own host; everything above the host is what runs in production, but for the sums of rows.
     "simulate": Program(
         (

@@ -12,6 +12,7 @@ import torch
 from fault_a2a.buffer import Buffer
 from fault_a2a.config import Config
 from fault_a2a.errors import FaultA2AError, RankEvictedError
+from fault_a2a.joins import WayIn
 from tests.process_rounds import FIRST_ROUND, Rounds, Wrong, begun_of, disagreements, losses, small, suspicions_of_live
 from tests.processes import Here, Ranks, Report
 from tests.rig import Checker, Tally
@@ -140,6 +141,55 @@ def zombie(seed: int = 0, num_spare_partitions: int = 0, guards_off: Iterable[st
         reports = ranks.reports()
     wrong += [f"rank {rank} ended before round {last}" for rank in reports if ranks.board.begun[rank] < last]
     return wrong + judge_lives(reports, steps, config, gone) + all_in(reports, range(num_ranks))
+
+
+@dataclass(frozen=True)
+class LooksAndWaits(Steps):
+    """Rank 3's newcomer looks at the members as they are, and does nothing more until the test says so."""
+
+    def __call__(self, here: Here) -> None:
+        if here.joins and here.rank == 3:
+            self._hold_up(here)
+        super().__call__(here)
+
+    def _hold_up(self, here: Here) -> None:
+        open_all = WayIn._open_all
+
+        def look(way: WayIn) -> None:
+            WayIn._open_all = open_all
+            open_all(way)
+            way.endpoint.go_on_joining()
+            here.say("has looked")
+            here.hear()
+
+        WayIn._open_all = look
+
+
+def replaced_while_another_joins(guards_off: Iterable[str] = ()) -> Wrong:
+    """Rank 2 is stopped and out when rank 3's newcomer looks at it, and replaced before that one is in. Nobody may take
+    the end of the stopped process for the end of the new rank 2."""
+    num_ranks = 4
+    config, steps = small(num_ranks, silence_ms=400, link_ms=1000), LooksAndWaits(seed=1)
+    with Ranks(num_ranks, config, steps, guards_off) as ranks:
+        ranks.wait_ready()
+        ranks.wait_begun(8, *range(num_ranks))
+        ranks.kill(3)
+        ranks.wait_gone(3)
+        ranks.stop(2)
+        gone = begun_of(ranks, [2, 3])
+        ranks.wait_begun(gone[2] + 2, 0, 1)  # they have given it up
+        ranks.replace(3)
+        ranks.hear_all([3], "has looked")
+        former = ranks.replace(2)
+        ranks.hear_all([2], "ready")
+        ranks.tell("go on", [3])
+        ranks.hear_all([3], "ready")
+        former.process.kill()
+        former.process.join()
+        ranks.wait_begun(max(ranks.board.begun) + 6, *range(num_ranks))
+        ranks.end_after(6)
+        reports = ranks.reports()
+    return judge_lives(reports, steps, config, gone) + all_in(reports, range(num_ranks))
 
 
 def _late_to_the_step(here: Here, buffer: Buffer, number: int) -> None:

@@ -54,6 +54,12 @@ DRILLS = {
     "rejoin on cuda-host": ["--kill", "1@5", "--rejoin", "1@10", "--backend", "cpu,cuda-host"],
     # Red without the wait at the last step start: the steps are over before the process has found its members.
     "rejoin in the last step": ["--kill", "1@5", "--rejoin", "1@19"],
+    "dies again": [
+        *("--kill", "1@4", "--rejoin", "1@6", "--kill", "1@8:combine.send_rows"),
+        *("--rejoin", "1@9", "--kill", "1@12+300", "--rejoin", "1@18"),
+    ],
+    # Red while a rank kept the steps that it had not judged to itself: nobody knew that this step had come.
+    "dies right before the last step": ["--kill", "1@18", "--rejoin", "1@19"],
     "cuda-host, cut": ["--cut", "1-2@10", *QUICK, "--backend", "cuda-host,cpu"],
     "cuda-host, long stop": ["--stop", "1@10:900", *QUICK, "--backend", "cpu,cuda-host"],
     "no tokens": ["--tokens", "0", "--kill", "1@10"],
@@ -165,6 +171,14 @@ def test_a_new_process_comes_back_as_the_rank_that_died():
     assert kill["evicted"] == 1 and rejoin["evicted"] is None and rejoin["back_ms"] > 0
 
 
+def test_each_life_of_a_rank_pays_for_what_struck_it(answers):
+    answer = answers["dies again"]
+    kills = [line for line in answer["faults"] if line["kind"] == "kill"]
+    assert [line["evicted"] for line in kills] == [1, 1, 1] and all(set(line["evidence"]) == {"exit"} for line in kills)
+    assert answer["survivors"] == [0, 1, 2, 3] and answer["epochs"] == 6
+    assert all(line["back_ms"] > 0 for line in answer["faults"] if line["kind"] == "rejoin")
+
+
 def test_what_is_counted(answers):
     answer = answers["kill"]
     assert answer["ranks"] == 4 and answer["epochs"] == 1
@@ -260,22 +274,32 @@ class Lines:
         pass
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_an_interrupted_drill_leaves_no_process(number):
+@pytest.mark.parametrize(
+    ("strike", "number"),
+    [
+        (os.kill, signal.SIGINT),
+        (os.kill, signal.SIGTERM),
+        (os.kill, signal.SIGKILL),
+        # Red when the store dies of it and is asked all the same.
+        (os.killpg, signal.SIGTERM),
+    ],
+)
+def test_an_interrupted_drill_leaves_no_process(strike, number):
     before = names_in_shared_memory()
     parent = subprocess.Popen(
         [sys.executable, "-m", "fault_a2a", "drill", *SMALL, "--steps", "100000", "--stop", "1@10:60000"],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     )
     try:
         for line in parent.stdout:
             if "is stopped" in line:
                 break
         ranks = children_of(parent.pid)
-        assert len(ranks) == 4
-        os.kill(parent.pid, number)
+        assert len(ranks) == 4 + 1, "and their store"
+        strike(parent.pid, number)
         assert parent.wait(20) == {signal.SIGKILL: -signal.SIGKILL}.get(number, 130)
     finally:
         parent.kill()

@@ -7,6 +7,7 @@ import argparse
 import pytest
 
 from fault_a2a.cli.drill.faults import DEFAULT_PHASE, KINDS, Fault, add_fault_options, parse_faults
+from fault_a2a.cli.drill.options import Drill
 
 GROUP = {"num_ranks": 8, "num_steps": 200, "phases": ["dispatch.gate", "combine.reduce"]}
 
@@ -101,12 +102,27 @@ def test_rejoin_follows_a_fault_that_cost_the_place():
         ({"rejoin": ["3@80"]}, "has not lost its place"),
         ({"kill": ["3@80"], "rejoin": ["3@80"]}, "has not lost its place"),
         ({"kill": ["3@50"], "rejoin": ["3@80", "3@90"]}, "has not lost its place"),
-        ({"kill": ["3@50", "3@90"], "rejoin": ["3@80"]}, "is not struck again"),
+        ({"kill": ["3@50", "3@90", "3@95"], "rejoin": ["3@80"]}, r"rank 3 is dead by then \(--kill 3@90\)"),
+        ({"kill": ["3@50"], "rejoin": ["3@80", "3@90"], "stop": ["2@10:50"]}, "rank 3 has not lost its place"),
     ],
 )
 def test_rejoin_that_does_not_fit_is_refused(faults, why):
     with pytest.raises(ValueError, match=why):
         parse_faults(**faults, **GROUP)
+
+
+def test_a_fault_strikes_the_life_that_leads_the_rank_by_then():
+    faults = parse_faults(kill=["3@50", "3@90+7"], cut=["3-2@130"], rejoin=["3@80", "3@120"], **GROUP)
+    assert [(str(fault), fault.lives) for fault in faults] == [
+        ("kill 3@50", ((3, 0),)),
+        ("rejoin 3@80", ((3, 1),)),
+        ("kill 3@90+7", ((3, 1),)),
+        ("rejoin 3@120", ((3, 2),)),
+        ("cut 2-3@130", ((2, 0), (3, 2))),
+    ]
+    drill = Drill(ranks=8, steps=200, faults=tuple(faults))
+    assert drill.meetings == {90, 130, 199}, "steps that begin only once whom they strike is in, and the last one"
+    assert Drill(faults=tuple(faults[:2])).meetings == {199} and not Drill(faults=tuple(faults[:1])).meetings
 
 
 def test_any_phase_will_do_until_they_are_known():

@@ -23,6 +23,15 @@ def test_all_memberships_in_one_line_and_a_rank_that_comes_back() -> None:
     assert [str(fault) for fault in faults] == ["kill 2@60", "rejoin 2@80"]
 
 
+def test_a_rank_that_dies_comes_back_and_dies_again() -> None:
+    plan = parse_plan("[0, 1, -2]\n[0, 1]\n[0, 1, 2]\n[0, 1, -2]\n[0, 1]")
+    assert plan.texts["kill"] == ["2@20", "2@140"] and plan.texts["rejoin"] == ["2@80"] and plan.members == (0, 1)
+    assert len(parse_faults(**plan.texts, num_ranks=plan.ranks, num_steps=plan.steps)) == 3
+    by_lines = "[0, 1, 2]\n[0, 1, 2]\nkill 2@9\nrejoin 2@20\nkill 2@30"
+    assert parse_plan(by_lines).members == (0, 1)
+    assert parse_plan(f"{by_lines}\nrejoin 2@40").members == (0, 1, 2)
+
+
 def test_rank_0_dies_by_its_minus_and_others_by_lines_of_their_own() -> None:
     plan = parse_plan("[-0, 1, 2]\n[1, 2]\nkill 2@70:combine.wait\n")
     assert plan.texts["kill"] == ["2@70:combine.wait", "0@20"] and plan.members == (1,)

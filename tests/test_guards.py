@@ -64,6 +64,7 @@ SCHEDULED = ("visitor_kept",)
 # Lives that end and begin, and experts that are late, take processes.
 PROCESSES: dict[str, Callable[..., Wrong]] = {
     "fresh_partition": join_scenarios.zombie,
+    "members_anew": join_scenarios.replaced_while_another_joins,
     "step_start": join_scenarios.one_late_rank,
     "hold_bound": join_scenarios.one_rank_marks_few_steps,
     "late_waiters": accuser_scenarios.first_to_miss,

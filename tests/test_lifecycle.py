@@ -140,10 +140,10 @@ class EndpointThatEnds:
     def _view(self, epoch: int, active: list[int]) -> tuple[dict[str, Any], int]:
         return {"epoch": epoch, "active": active, "incarnations": [0, 1], "first_round": epoch, "reason": ""}, 0
 
-    def views(self) -> list[tuple[dict[str, Any], int]]:
-        return self._views
+    def views(self, from_epoch: int = 0) -> list[tuple[dict[str, Any], int]]:
+        return [one for one in self._views if one[0]["epoch"] >= from_epoch]
 
-    def evidence(self) -> list[tuple[int, str, int]]:
+    def evidence(self, num_known: int = 0) -> list[tuple[int, str, int]]:
         return []
 
     def is_leaving(self) -> bool:
@@ -226,6 +226,22 @@ def test_close_while_peers_wait(when: str) -> None:
             assert {(one.rank, one.kind) for one in ranks.buffers[rank].evidence()} == {(1, "left")}
         tallies = check_works(ranks, [0, 2])
         assert sum(tally.lost for tally in tallies) == 0 < sum(tally.unroutable for tally in tallies)
+
+
+def test_who_asks_again_is_told_what_is_new() -> None:
+    """Whoever looks five times a second would otherwise copy all that ever was, each time."""
+    with VirtualRanks(3, config_of()) as ranks:
+        watcher = ranks.buffers[0]
+        for num_gone, gone in ((1, 2), (2, 1)):
+            ranks.buffers[gone].close()
+            until(lambda num_gone=num_gone: watcher.view.epoch >= num_gone, "who left is no member")
+        views, evidence = watcher.views(), watcher.evidence()
+        assert [view.epoch for view, _ in views] == [0, 1, 2]
+        assert [view.active_ranks for view, _ in views] == [(0, 1, 2), (0, 1), (0,)]
+        assert views[-1][0] == watcher.view and views[0][1] < views[1][1] < views[2][1]
+        assert [watcher.views(from_epoch) for from_epoch in range(4)] == [views, views[1:], views[2:], []]
+        assert [(one.rank, one.kind) for one in evidence] == [(2, "left"), (1, "left")]
+        assert [watcher.evidence(num_known) for num_known in (0, 1, 2, 9)] == [evidence, evidence[1:], [], []]
 
 
 def test_all_close_at_once_with_open_rounds() -> None:

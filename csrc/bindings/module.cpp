@@ -74,6 +74,16 @@ py::dict to_dict(const Decision& decision, i32 num_ranks) {
   return out;
 }
 
+py::dict to_dict(const ViewRecord& record) {
+  py::dict out;
+  out["epoch"] = record.epoch;
+  out["first_round"] = record.first_round;
+  out["active"] = record.active;
+  out["incarnations"] = record.incarnations;
+  out["reason"] = record.reason;
+  return out;
+}
+
 // What an arbiter hands back was written by a peer: every length is checked.
 Decision from_dict(const py::dict& fields, i32 num_ranks) {
   Decision out;
@@ -304,20 +314,24 @@ void bind_endpoint(py::module_& m) {
       .def("crashed", &Endpoint::crashed)
       .def("set_timeouts", &Endpoint::set_timeouts)
       .def("current", [](Endpoint& e) { return to_dict(e.pulse().current(), e.config().shape.num_ranks); })
-      .def("views",
-           [](Endpoint& e) {
-             py::list out;
-             for (const ViewRecord& record : e.pulse().views())
-               out.append(py::make_tuple(to_dict(record.decision, e.config().shape.num_ranks), record.installed_at_ns));
-             return out;
-           })
-      .def("evidence",
-           [](Endpoint& e) {
-             py::list out;
-             for (const EvidenceRecord& record : e.pulse().evidence())
-               out.append(py::make_tuple(record.rank, name_of(record.kind), record.at_ns));
-             return out;
-           })
+      .def(
+          "views",
+          [](Endpoint& e, u64 from_epoch) {
+            py::list out;
+            for (const ViewRecord& record : e.pulse().views(from_epoch))
+              out.append(py::make_tuple(to_dict(record), record.installed_at_ns));
+            return out;
+          },
+          py::arg("from_epoch") = 0)
+      .def(
+          "evidence",
+          [](Endpoint& e, size_t num_known) {
+            py::list out;
+            for (const EvidenceRecord& record : e.pulse().evidence(num_known))
+              out.append(py::make_tuple(record.rank, name_of(record.kind), record.at_ns));
+            return out;
+          },
+          py::arg("num_known") = 0)
       .def("suspects", [](Endpoint& e) { return ranks_of(suspects_of(e.state()), e.config().shape.num_ranks); })
       .def("last_beat_ns", [](Endpoint& e, i32 rank) { return load_acquire(&e.fabric().page(rank).process_beat); })
       .def("fault_at_ns", [](Endpoint& e, i32 rank) { return load_acquire(&e.fabric().page(rank).fault_at_ns); })

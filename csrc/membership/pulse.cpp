@@ -34,11 +34,12 @@ Pulse::Pulse(std::vector<ControlPage*> pages, RankState& state, const PulseOptio
       agreement_(options.agreement, first),
       ignored_until_ns_(pages_.size(), 0),
       seen_waits_(pages_.size()) {
-  views_.push_back({first, now_ns()});
+  keep(first, now_ns());
   announced_epoch_ = first.view.epoch;
   joining_.store(options_.joining);
   // A newcomer's first is not quite what was decided: it names the newcomer's own life already.
   if (!options_.joining) publish(own().decision, first);
+  for (const ControlPage* page : pages_) met_.push_back(page->incarnation);
   if (!options_.between_processes) return;
   for (const ControlPage* page : pages_) watches_.emplace_back(static_cast<i32>(page->pid));
 }
@@ -223,7 +224,7 @@ void Pulse::apply(AgreementStep& step, i64 now) {
   if (step.decided) install(step.decision, now);
   if (step.evicted) {
     __atomic_store_n(&own().life, static_cast<u32>(Life::evicted), __ATOMIC_SEQ_CST);
-    if (views_.back().decision.view.epoch != step.decision.view.epoch) views_.push_back({step.decision, now});
+    if (views_.back().epoch != step.decision.view.epoch) keep(step.decision, now);
     fetch_or(&state_.release, release_evicted);
     hold_state_.store(static_cast<u32>(HoldState::none));
     ring_doorbell(own());
@@ -255,7 +256,7 @@ void Pulse::install(const Decision& decision, i64 now) {
   if (hold_state() == HoldState::committed) hold_state_.store(static_cast<u32>(HoldState::none));
   proposal_.reset();
   awaited_promises_ = RankSet();
-  views_.push_back({decision, now});
+  keep(decision, now);
   ring_doorbell(own());
   changed_.notify_all();
 }
@@ -339,14 +340,31 @@ void Pulse::proposal_failed() {
   agreement_.proposal_failed(now_ns());
 }
 
-std::vector<EvidenceRecord> Pulse::evidence() const {
-  std::lock_guard<std::mutex> lock(mutex_);
-  return evidence_;
+ViewRecord::ViewRecord(const Decision& decision, i32 num_ranks, i64 now_ns)
+    : epoch(decision.view.epoch),
+      first_round(decision.view.first_round),
+      incarnations(decision.view.incarnations, decision.view.incarnations + num_ranks),
+      reason(decision.reason),
+      installed_at_ns(now_ns) {
+  for (i32 rank = 0; rank < num_ranks; ++rank)
+    if (decision.view.active.has(rank)) active.push_back(rank);
 }
 
-std::vector<ViewRecord> Pulse::views() const {
+void Pulse::keep(const Decision& decision, i64 now) {
+  views_.emplace_back(decision, options_.agreement.num_ranks, now);
+}
+
+std::vector<EvidenceRecord> Pulse::evidence(size_t num_known) const {
   std::lock_guard<std::mutex> lock(mutex_);
-  return views_;
+  const auto known = static_cast<i64>(std::min(num_known, evidence_.size()));
+  return {evidence_.begin() + known, evidence_.end()};
+}
+
+std::vector<ViewRecord> Pulse::views(u64 from_epoch) const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  auto from = views_.end();
+  while (from != views_.begin() && (from - 1)->epoch >= from_epoch) --from;
+  return {from, views_.end()};
 }
 
 Decision Pulse::current() const {

@@ -6,6 +6,7 @@
 #include <condition_variable>
 #include <mutex>
 #include <optional>
+#include <string>
 #include <thread>
 #include <vector>
 
@@ -39,8 +40,16 @@ struct EvidenceRecord {
   i64 at_ns;
 };
 
+// What is kept of a view for as long as this rank lives, and it may live through any number of them: a Decision has
+// room for the largest group, some 15 KB.
 struct ViewRecord {
-  Decision decision;
+  ViewRecord(const Decision& decision, i32 num_ranks, i64 now_ns);
+
+  u64 epoch;
+  u64 first_round;
+  std::vector<i32> active;
+  std::vector<u64> incarnations;
+  std::string reason;
   i64 installed_at_ns;
 };
 
@@ -87,8 +96,10 @@ class Pulse {
   bool joining() const { return joining_.load(); }
   void reached_all(u64 epoch);  // it has mapped whatever the members of that view keep for it
 
-  std::vector<EvidenceRecord> evidence() const;
-  std::vector<ViewRecord> views() const;
+  // But for the first `num_known`, and for views before `from_epoch`: who asks again and again gets what is new. This
+  // thread waits while they are copied.
+  std::vector<EvidenceRecord> evidence(size_t num_known = 0) const;
+  std::vector<ViewRecord> views(u64 from_epoch = 0) const;
   Decision current() const;
   bool changing() const { return changing_.load(); }
   bool ending() const { return ending_.load(); }
@@ -103,6 +114,7 @@ class Pulse {
   void agree(i64 now);
   void apply(AgreementStep& step, i64 now);
   void install(const Decision& decision, i64 now);
+  void keep(const Decision& decision, i64 now);
   void announce(const Decision& decision);
   void publish_ballots(const AgreementStep& step);
   void rest(i64 now);
@@ -115,6 +127,7 @@ class Pulse {
   void forget_changes();
   bool commit_hold(const StepChange& change);
   void join_turn(i64 now);
+  void meet_members();
   const Decision* newest_decision();
   bool all_hold_for_me(StepHold& where);
   void come_in(const Decision& decision, i64 now);
@@ -127,6 +140,7 @@ class Pulse {
   PulseOptions options_;
   Detector detector_;
   std::vector<ProcessWatch> watches_;
+  std::vector<u64> met_;  // of a newcomer: whose page it was that the watch and the copies are of
   DeathWordHolder death_word_;
   std::thread thread_;
   std::atomic<bool> ending_{false};

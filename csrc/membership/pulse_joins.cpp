@@ -199,7 +199,22 @@ bool Pulse::all_hold_for_me(StepHold& where) {
   return !is_first;
 }
 
+// A newcomer opens the page of every rank that can be found, and again where another life has taken the place of one
+// before this rank was in. What was read of the page before is that life's, and so is the process: it may end any time,
+// and would be taken for a member that has died.
+void Pulse::meet_members() {
+  if (!guarded(guard_members_anew)) return;
+  for (size_t at = 0; at < pages_.size(); ++at) {
+    const ControlPage& page = *pages_[at];
+    if (met_[at] == page.incarnation) continue;
+    met_[at] = page.incarnation;
+    copies_[at] = PageCopies();
+    if (options_.between_processes) watches_[at] = ProcessWatch(static_cast<i32>(page.pid));
+  }
+}
+
 void Pulse::join_turn(i64 now) {
+  meet_members();
   const Decision* newest = newest_decision();
   if (newest == nullptr) return;
   std::lock_guard<std::mutex> lock(mutex_);
@@ -216,7 +231,8 @@ void Pulse::join_turn(i64 now) {
     base.view.incarnations[me] = own().incarnation;
     state_.ring.views[0] = base.view;
     agreement_ = Agreement(options_.agreement, base);
-    views_.assign(1, {base, now});
+    views_.clear();
+    keep(base, now);
     store_release(&own().ready_for, 0);
   }
   const u64 epoch = agreement_.current().view.epoch;
@@ -239,7 +255,8 @@ void Pulse::come_in(const Decision& decision, i64 now) {
   state_.started = view.first_round;
   state_.ring.views[0] = view;
   agreement_ = Agreement(options_.agreement, decision);
-  views_.assign(1, {decision, now});
+  views_.clear();
+  keep(decision, now);
   announced_epoch_ = view.epoch;
   store_release(&own().progress, pack_progress(view.first_round - 1, Phase::idle, 0));
   publish(own().decision, decision);

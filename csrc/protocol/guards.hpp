@@ -47,6 +47,7 @@ namespace fa2a {
   X(old_rounds_first)     /* no round of a former view is run once its newcomer has a place    */ \
   X(mapped_place)         /* nobody holds for one that has not mapped what is kept for it now  */ \
   X(newcomer_once)        /* whoever has come in is no newcomer at the next step start         */ \
+  X(members_anew)         /* a newcomer watches the lives that its members lead by now         */ \
   X(beaten_since)         /* nobody accused is kept who has not beaten since                   */ \
   X(silent_go)            /* of two equally small choices the one with more silent ranks goes  */ \
   X(looked_again)         /* nobody goes for an accusation that it had no time to take back    */ \

@@ -2,7 +2,7 @@
 
 Every episode is a drill of its own, with a group that begins whole: what one episode breaks, the next does not inherit.
 What an episode does follows from the seed and its number alone, and the command that repeats it is in the report when
-it breaks a promise.
+it breaks a promise. With --one-group all episodes are of one group (fault_a2a/cli/one_group.py).
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ _SUMS = (
 )
 _WORST = ("detect_ms", "agree_ms", "first_good_step_ms")
 _ALL = ("accounting_exact", "views_agree")
+_KEPT = (*_SUMS, *_WORST, *_ALL, "survivors", "evicted")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,14 +37,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
         "Each episode is a drill with a fresh group of --ranks processes and random faults in it: SIGKILL at a phase "
         "or at an instant, a new process in the place of a killed one, SIGSTOP shorter or longer than the silence "
-        "timeout, a cut link. Ctrl-C ends it with a verdict on what was run. Exit 0 only when every promise held in "
-        "every episode."
+        "timeout, a cut link. With --one-group all happens to one group, in which whoever goes comes back as a new "
+        "process and may go again. Ctrl-C ends it with a verdict on what was run. Exit 0 only when every promise held "
+        "in every episode."
     )
     parser.add_argument("--minutes", type=float, default=10.0, metavar="M", help="how long (%(default)s)")
     parser.add_argument(
         "--ranks", type=int, default=8, metavar="N", help="processes of a group, 2 or more (%(default)s)"
     )
     parser.add_argument("--seed", type=int, metavar="S", help="of all faults (a new one, which is printed)")
+    parser.add_argument(
+        "--one-group", action="store_true", help="one group for the whole time, that replaces whoever dies"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout, and nothing else")
 
 
@@ -87,11 +92,24 @@ def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         parser.error(f"--ranks {args.ranks}: a group in which somebody fails has at least 2; pass 2 or more.")
     if not args.minutes > 0:
         parser.error(f"--minutes {args.minutes}: pass how long it may last, for example 20.")
-    from fault_a2a.core_fields import phases
-
     seed = random.SystemRandom().randrange(1 << 31) if args.seed is None else args.seed
     if not args.json:
-        print(f"soak of groups of {args.ranks} for {args.minutes:g} minutes, seed {seed}", flush=True)
+        groups = "one group" if args.one_group else "groups"
+        print(f"soak of {groups} of {args.ranks} for {args.minutes:g} minutes, seed {seed}", flush=True)
+    answer = _run_one_group(args, seed) if args.one_group else _run_groups(args, seed)
+    print(json.dumps(answer) if args.json else closing(answer))
+    return EXIT_OK if answer["ok"] else EXIT_BROKEN
+
+
+def _run_one_group(args: argparse.Namespace, seed: int) -> dict[str, Any]:
+    from fault_a2a.cli.one_group import run_group
+
+    return run_group(seed, args.ranks, args.minutes, quiet=args.json)
+
+
+def _run_groups(args: argparse.Namespace, seed: int) -> dict[str, Any]:
+    from fault_a2a.core_fields import phases
+
     soak = Soak(seed, args.ranks)
     before = signal.signal(signal.SIGTERM, _end)
     try:
@@ -104,9 +122,7 @@ def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         pass
     finally:
         signal.signal(signal.SIGTERM, before)
-    answer = soak.report()
-    print(json.dumps(answer) if args.json else closing(answer))
-    return EXIT_OK if answer["ok"] else EXIT_BROKEN
+    return soak.report()
 
 
 def _end(number: int, frame: FrameType | None) -> None:
@@ -141,11 +157,18 @@ class Soak:
         except ValueError:
             self.problems.append(f"episode {number} ended with {process.returncode}: {err.strip()[-500:]} ({replay})")
             return self.problems[-1]
-        self.reports.append(report)
+        return self.take(report, replay)
+
+    def take(self, report: dict[str, Any], replay: str) -> str:
+        """Adds the report of the next episode, which ``replay`` repeats; returns a line about it."""
+        number = len(self.reports)
+        # Not all of it: a soak may last for days.
+        faults = [{key: fault[key] for key in ("kind", "happened")} for fault in report["faults"]]
+        self.reports.append({key: report[key] for key in _KEPT} | {"faults": faults})
         if not report["ok"]:
             self.problems += [f"episode {number}: {problem} ({replay})" for problem in report["problems"]]
-        faults = ", ".join(fault["fault"] for fault in report["faults"]) or "nothing"
-        return f"episode {number}: {faults}: ranks {report['survivors']} are left, {'ok' if report['ok'] else 'BROKEN'}"
+        what = ", ".join(fault["fault"] for fault in report["faults"]) or "nothing"
+        return f"episode {number}: {what}: ranks {report['survivors']} are left, {'ok' if report['ok'] else 'BROKEN'}"
 
     def report(self) -> dict[str, Any]:
         """The JSON of ``fault-a2a soak``: the keys of a drill, over all episodes, and its own."""
@@ -176,6 +199,8 @@ def closing(answer: dict[str, Any]) -> str:
         f"{answer['episodes']} episodes in {answer['seconds']:.0f} s; faults: {faults}; corrupt rows "
         f"{answer['corrupt_rows']}, false suspicions {answer['false_suspicions']}."
     )
+    if "lives" in answer:
+        text += f" {answer['lives']} lives of {answer['ranks']} ranks, the last view in epoch {answer['last_epoch']}."
     if answer["ok"]:
         return f"{text}\nOK: every promise held (seed {answer['seed']})."
     return "\n".join([text, f"BROKEN (seed {answer['seed']}):", *answer["problems"]])

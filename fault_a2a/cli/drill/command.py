@@ -25,9 +25,7 @@ EXIT_OK, EXIT_BROKEN, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     """Runs the drill of ``args``; returns the exit code."""
-    # Before torch and numpy start: a second thread in here would make forking unsafe, and rows depend on one thread.
-    for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-        os.environ[variable] = "1"
+    ask_for_one_thread()
     began = time.monotonic()
     try:
         if args.timeline is not None:
@@ -50,7 +48,7 @@ def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         view = (screen.Live if terminal else screen.Plain)(drill, sys.stdout, core.now_ns())
     invariance = work.layer.row_invariance()
     try:
-        with _terminated_like_interrupted():
+        with terminated_like_interrupted():
             story = conduct(work, view)
     except KeyboardInterrupt:
         print("interrupted; every process of the drill is gone", file=sys.stderr)
@@ -71,6 +69,12 @@ def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     return EXIT_OK if answer["ok"] else EXIT_BROKEN
 
 
+def ask_for_one_thread() -> None:
+    """Before torch and numpy start: a second thread would make forking unsafe, and rows depend on there being one."""
+    for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ[variable] = "1"
+
+
 def prepare(drill: Drill) -> tuple[Work, str]:
     """(What the ranks will share, what the text is called): the layer, and its evaluation in this one process."""
     import torch
@@ -89,7 +93,7 @@ def prepare(drill: Drill) -> tuple[Work, str]:
 
 
 @contextlib.contextmanager
-def _terminated_like_interrupted() -> Iterator[None]:
+def terminated_like_interrupted() -> Iterator[None]:
     """SIGTERM unwinds like Ctrl-C, so that the parent's clean-up runs."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:

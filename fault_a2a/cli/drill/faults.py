@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 KINDS = ("kill", "stop", "cut", "slow", "rejoin")
 # In the middle of an all-to-all: half of the group can read the victim's rows, the other half waits for them in vain.
@@ -28,7 +28,8 @@ _MEANS = {
     "milliseconds",
     "cut": "from step S on, lose everything between ranks A and B",
     "slow": "in step S, the experts of rank R take MS milliseconds longer; its process goes on beating",
-    "rejoin": "in step S, after another fault has cost rank R its place, a new process joins as rank R",
+    "rejoin": "in step S, after another fault has cost rank R its place, a new process joins as rank R; a later fault "
+    "strikes that one, in a step that begins once it is in",
 }
 _PATTERN = {
     "kill": re.compile(r"(?P<rank>\d+)@(?P<step>\d+)(\+(?P<after_us>\d+)|:(?P<phase>.+))?", re.ASCII),
@@ -52,6 +53,7 @@ class Fault:
             ``armed_phase``.
         after_us: of a kill or stop from outside, how long after the rank began the step; else ``None``.
         duration_ms: of a stop, until the rank is woken; of a slow rank, by how much it is late.
+        life, peer_life: which life of each end it strikes, from 0; of a rejoin, the life that it begins.
     """
 
     kind: str
@@ -61,6 +63,8 @@ class Fault:
     phase: str | None = None
     duration_ms: int | None = None
     after_us: int | None = None
+    life: int = 0
+    peer_life: int = 0
 
     @property
     def armed_phase(self) -> str | None:
@@ -77,7 +81,13 @@ class Fault:
     @property
     def ranks(self) -> tuple[int, ...]:
         """Whom it may cost their place: the rank, or both ends of a cut."""
-        return (self.rank,) if self.peer is None else (self.rank, self.peer)
+        return tuple(rank for rank, _ in self.lives)
+
+    @property
+    def lives(self) -> tuple[tuple[int, int], ...]:
+        """As ``ranks``, each with the life that is meant."""
+        own = (self.rank, self.life)
+        return (own,) if self.peer is None else (own, (self.peer, self.peer_life))
 
     def __str__(self) -> str:
         """As it is written on the command line, with its kind in front."""
@@ -121,8 +131,7 @@ def parse_faults(
     for fault in faults:
         _check_exists(fault, num_ranks, num_steps, phases)
     faults.sort(key=lambda fault: fault.step)
-    _check_together(faults, num_ranks)
-    return faults
+    return _with_lives(faults, num_ranks)
 
 
 def _parse(kind: str, text: str) -> Fault:
@@ -154,40 +163,46 @@ def _check_exists(fault: Fault, num_ranks: int, num_steps: int, phases: Sequence
         raise _refusal(kind, text, f"{what} 1 to {_MAX_STOP_MS} ms")
 
 
-def _check_together(faults: Sequence[Fault], num_ranks: int) -> None:
-    """``faults`` by step: nothing can happen to a dead rank, and a drill without survivors shows nothing."""
+def _with_lives(faults: Sequence[Fault], num_ranks: int) -> list[Fault]:
+    """``faults`` by step, each with the lives that it strikes: nothing can happen to a dead rank, nobody comes back who
+    has not lost its place, and a drill without survivors shows nothing.
+    """
+    lives = [0] * num_ranks
     killed: dict[int, Fault] = {}
+    struck: dict[int, Fault] = {}  # of each rank, the newest fault of the life that it leads
     seen: dict[tuple[int, int], Fault] = {}
     links: dict[tuple[int, int | None], Fault] = {}
-    came_back: dict[int, Fault] = {}
+    out = []
     for fault in faults:
         kind, text = str(fault).split(" ", 1)
         if kind == "rejoin":
-            has_lost_it = any(fault.rank in one.ranks and one.step < fault.step for one in faults)
-            if not has_lost_it or fault.rank in came_back:
+            if fault.rank not in struck or struck[fault.rank].step >= fault.step:
                 raise _refusal(kind, text, f"rank {fault.rank} has not lost its place by then; --kill it before")
-            came_back[fault.rank] = fault
+            lives[fault.rank] += 1
+            del struck[fault.rank]
             killed.pop(fault.rank, None)
+            out.append(replace(fault, life=lives[fault.rank]))
             continue
-        for rank in (fault.rank, fault.peer):
-            if rank in came_back:
-                raise _refusal(kind, text, f"rank {rank} came back (--{came_back[rank]}) and is not struck again")
-        for rank in (fault.rank, fault.peer):
+        for rank in fault.ranks:
             if rank in killed and killed[rank].step < fault.step:
                 raise _refusal(kind, text, f"rank {rank} is dead by then (--{killed[rank]})")
         if kind == "cut":
             if (fault.rank, fault.peer) in links:
                 raise _refusal(kind, text, f"this link is cut already (--{links[fault.rank, fault.peer]})")
             links[fault.rank, fault.peer] = fault
-            continue
-        if (fault.rank, fault.step) in seen:
+        elif (fault.rank, fault.step) in seen:
             earlier = seen[fault.rank, fault.step]
             raise _refusal(kind, text, f"rank {fault.rank} has a fault in that step already (--{earlier})")
-        seen[fault.rank, fault.step] = fault
+        else:
+            seen[fault.rank, fault.step] = fault
+        struck.update(dict.fromkeys(fault.ranks, fault))
         if kind == "kill":
             killed[fault.rank] = fault
+        peer_life = 0 if fault.peer is None else lives[fault.peer]
+        out.append(replace(fault, life=lives[fault.rank], peer_life=peer_life))
     if len(killed) == num_ranks:
         raise ValueError(f"--kill: all {num_ranks} ranks would be dead; leave at least one of them alive.")
+    return out
 
 
 def _refusal(kind: str, text: str, why: str) -> ValueError:

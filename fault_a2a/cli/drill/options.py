@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
 from fault_a2a.cli.drill.faults import DEFAULT_PHASE, KINDS, Fault, add_fault_options, parse_faults
@@ -49,7 +49,8 @@ class Drill:
     """One drill. Sizes and timeouts have the names that they have in ``Config``."""
 
     ranks: int = 8
-    steps: int = 200
+    steps: int = 200  # counted from 0, that is from before `first_step`
+    first_step: int = 0  # of this episode of a group that goes on
     tokens: int = 64
     hidden: int = 1024
     experts: int = 32
@@ -94,10 +95,16 @@ class Drill:
             **{name: getattr(self, name) for name in _TIMEOUTS},
         )
 
-    @property
-    def has_newcomers(self) -> bool:
-        """Some process joins while the group runs."""
-        return any(fault.kind == "rejoin" for fault in self.faults)
+    @cached_property
+    def meetings(self) -> frozenset[int]:
+        """Steps that begin only once every newcomer that is due is in: those in which one is struck, and the last one.
+
+        Small steps are over before a process has found its members, and past the last one nobody lets it in.
+        """
+        if not any(fault.kind == "rejoin" for fault in self.faults):
+            return frozenset()
+        struck = {fault.step for fault in self.faults for _, life in fault.lives if life and fault.kind != "rejoin"}
+        return frozenset(struck | {self.steps - 1})
 
     @property
     def longest_wait_ms(self) -> int:

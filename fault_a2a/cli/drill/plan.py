@@ -30,6 +30,7 @@ from fault_a2a.cli.drill.faults import KINDS
 
 DEFAULT_STEPS = 40
 _MEMBERSHIP = re.compile(r"\[([^\[\]]*)\]")
+_WHERE = re.compile(r"(?P<rank>\d+)@(?P<step>\d+)", re.ASCII)
 _RANK = re.compile(r"(?P<dies>-?)(?P<rank>\d+)", re.ASCII)
 
 
@@ -149,10 +150,15 @@ def _put_together(stages: list[_Stage], texts: dict[str, list[str]], stage_steps
 
 
 def _last_members(members: set[int], texts: dict[str, list[str]]) -> tuple[int, ...]:
-    """Whoever further lines kill is out as well; who comes back by such a line is in."""
-    killed = {int(text.split("@")[0]) for text in texts["kill"] if text.split("@")[0].isdecimal()}
-    back = {int(text.split("@")[0]) for text in texts["rejoin"] if text.split("@")[0].isdecimal()}
-    return tuple(sorted(members - (killed - back)))
+    """Whoever further lines kill is out as well, who comes back by such a line is in, and the later line counts."""
+    found = [(_WHERE.match(text), kind) for kind in ("kill", "rejoin") for text in texts[kind]]
+    left = set(members)
+    for _, kind, rank in sorted((int(match["step"]), kind, int(match["rank"])) for match, kind in found if match):
+        if kind == "kill":
+            left.discard(rank)
+        else:
+            left.add(rank)
+    return tuple(sorted(left))
 
 
 def missed(plan_members: tuple[int, ...] | None, survivors: list[int]) -> list[str]:

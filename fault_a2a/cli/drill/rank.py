@@ -15,7 +15,8 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -37,8 +38,9 @@ if TYPE_CHECKING:
 GROUP_NAME = "drill"
 SETTLE_S = 10.0  # for the last view changes, once all steps are done
 LIVE_POLL_S = 0.1
-_LAST_START_LOOK_S = 0.001  # between two looks of a rank that waits at its last step start
+_START_LOOK_S = 0.001  # between two looks of a rank that waits at a step start
 FIRST_ROUND = 1  # of step 0; round 0 is construction's
+MOST_VIEWS = 64  # that a rank remembers, beside one for each step that may wait for the judge
 MOST_LOSSY_UNJUDGED = 4  # steps with losses in a row that wait for the judge, at least
 _PR_SET_PDEATHSIG = 1
 
@@ -85,29 +87,29 @@ class Pipes:
         """The parent's next line is there. Between two orders only: what is read ahead does not show."""
         return bool(select.select([self._orders], [], [], 0)[0])
 
-    def order(self, expected: str) -> str:
-        """Waits for the parent's next line, and returns what stands behind ``expected`` in it."""
+    def order(self, *expected: str) -> tuple[str, str]:
+        """Waits for the parent's next line, and returns which of ``expected`` it is and what stands behind it."""
         line = self._orders.readline()
         word, _, rest = line.strip().partition(" ")
-        if word != expected:
-            raise RuntimeError(f"the parent said {line.strip()!r}, not {expected!r}: it is gone or confused")
-        return rest
+        if word not in expected:
+            raise RuntimeError(f"the parent said {line.strip()!r}, not {expected}: it is gone or confused")
+        return word, rest
 
 
-def run_rank(rank: int, work: Work, pipes: Pipes, parent_pid: int, live: bool, joins: bool) -> NoReturn:
-    """The life of a forked rank. Ends the process, whatever happens.
+def run_rank(rank: int, work: Work, pipes: Pipes, parent_pid: int, live: bool, life: int) -> NoReturn:
+    """A life of a rank, in a forked process. Ends the process, whatever happens.
 
-    ``joins``: it waits for its turn, and takes the place of a rank that is gone.
+    ``life``: which one. All but the first wait for their turn, and take the place of the one before.
     """
     status = 1
     try:
-        _die_with_the_parent(parent_pid)
+        die_with_the_parent(parent_pid)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         faulthandler.register(signal.SIGUSR1, all_threads=True)
         logging.getLogger("fault_a2a").setLevel(logging.CRITICAL)  # the drill tells it in its own words
-        store = torch.distributed.TCPStore("127.0.0.1", int(pipes.order("store")), is_master=False)
-        DrillRank(rank, work, store, pipes, live, joins).run()
+        store = torch.distributed.TCPStore("127.0.0.1", int(pipes.order("store")[1]), is_master=False)
+        DrillRank(rank, work, store, pipes, live, life).run()
         status = 0
     except BaseException:
         text = traceback.format_exc()
@@ -121,7 +123,8 @@ def run_rank(rank: int, work: Work, pipes: Pipes, parent_pid: int, live: bool, j
         os._exit(status)
 
 
-def _die_with_the_parent(parent_pid: int) -> None:
+def die_with_the_parent(parent_pid: int) -> None:
+    """However the parent goes."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent_pid:  # it died before the line above
         os._exit(1)
@@ -130,8 +133,9 @@ def _die_with_the_parent(parent_pid: int) -> None:
 class DrillRank:
     """A rank's buffer, its share of the layer, and its judge."""
 
-    def __init__(self, rank: int, work: Work, store: Any, pipes: Pipes, live: bool, joins: bool = False) -> None:
+    def __init__(self, rank: int, work: Work, store: Any, pipes: Pipes, live: bool, life: int = 0) -> None:
         self.rank, self.drill, self.layer, self.pipes = rank, work.drill, work.layer, pipes
+        self.life = life  # of those in this episode
         self.expectation = work.expectation
         self.judge = Judge(work.expectation, rank, self.drill.on_lost, self.drill.reduce, self.drill.chunk_tokens)
         self.local_experts = work.expectation.placement.local_experts(rank)
@@ -141,9 +145,9 @@ class DrillRank:
             names = core.guard_names()
             core.set_guards_off(sum(1 << names.index(name) for name in self.drill.guards_off))
         group = fault_a2a.Group(store, rank, self.drill.ranks, name=GROUP_NAME)
-        self.buffer = Buffer(group, self.drill.config(self.rank), join=joins)
+        self.buffer = Buffer(group, self.drill.config(self.rank), join=life > 0)
         self._num_evidence_told = 0
-        self._num_views_told = 0
+        self._told_epoch = -1
         self._views: list[tuple[View, int]] = []
         self._telling = threading.Lock()
         self._ended = threading.Event()
@@ -154,8 +158,15 @@ class DrillRank:
 
     def run(self) -> None:
         self.pipes.tell("ready", at=core.now_ns(), round=self.buffer.num_rounds)
+        self._tell_seen()
         if self._live:
             threading.Thread(target=self._tell_while_waiting, daemon=True).start()
+        while self._run_episode():
+            pass
+        self.buffer.close()
+
+    def _run_episode(self) -> bool:
+        """Runs the steps of the drill, or of an episode of it. True: there is another one for this process."""
         how, why = story.FINISHED, ""
         try:
             for step in range(self.buffer.num_rounds - FIRST_ROUND, self.drill.steps):
@@ -168,13 +179,20 @@ class DrillRank:
         self._tell_stops_survived()
         self.pipes.tell("end", how=how, why=why)
         if how == story.FINISHED:
-            self._settle({int(rank) for rank in self.pipes.order("settle").split()})
+            self._settle({int(rank) for rank in self.pipes.order("settle")[1].split()})
             self.pipes.tell("settled", epoch=self.buffer.view.epoch)
-            self._come_to(int(self.pipes.order("report")))
+            self._come_to(int(self.pipes.order("report")[1]))
         self._tell_last()
-        if how == story.FINISHED:  # an earlier leave could be taken for a fault by those who still run
-            self.pipes.order("close")
-        self.buffer.close()
+        if how != story.FINISHED:
+            return False
+        # An earlier leave could be taken for a fault by those who still run.
+        word, rest = self.pipes.order("close", "more")
+        if word == "more":
+            more = json.loads(rest)
+            faults = tuple(Fault(**fields) for fields in more["faults"])
+            self.drill = replace(self.drill, first_step=more["first_step"], steps=more["steps"], faults=faults)
+            self.life = 0
+        return word == "more"
 
     # -- one step ----------------------------------------------------------------------------------------------------
 
@@ -183,8 +201,8 @@ class DrillRank:
         x = self.layer.embed(words)
         topk_idx, topk_weights = self.layer.route(x)
         round_number = self.buffer.num_rounds
-        if step == self.drill.steps - 1 and self.drill.has_newcomers:
-            self._wait_for_newcomers()
+        if step in self.drill.meetings:
+            self._wait_for_newcomers(step)
         self._bring_about_faults(step, round_number)
 
         began_ns = core.now_ns()
@@ -240,16 +258,15 @@ class DrillRank:
             )
         self._unjudged.clear()
 
-    def _wait_for_newcomers(self) -> None:
-        """Comes to the last step start again and again until the parent has no newcomer on its way.
-
-        Small steps are over before a process has found its members, and past the last one nobody lets it in.
-        """
-        self.pipes.tell("waits")
+    def _wait_for_newcomers(self, step: int) -> None:
+        """Comes to this step start again and again until the parent has no newcomer on its way."""
+        self._judge()  # the parent goes by the steps that it has heard of
+        self.pipes.tell("waits", step=step)
         while not self.pipes.has_order():
             self.buffer.begin_step()
-            time.sleep(_LAST_START_LOOK_S)
-        self.pipes.order("last")
+            self._tell_seen()  # of a death that shows only now, before the next life's page has taken the place
+            time.sleep(_START_LOOK_S)
+        self.pipes.order("go")
 
     def _waited_ns(self) -> int:
         """In which this rank did nothing but wait for peers, since construction."""
@@ -270,14 +287,15 @@ class DrillRank:
     def _active_mask(self, round_number: int) -> tuple[int, ...]:
         """Of the view that the round ran in: the newest one that begins with it or earlier."""
         if not self._views or self._views[-1][0].epoch != self.buffer.view.epoch:
-            self._views = self.buffer.views()
+            known = self._views[-1][0].epoch + 1 if self._views else 0
+            self._views = [*self._views, *self.buffer.views(known)][-(MOST_VIEWS + self.drill.judge_later) :]
         return next(view.active_mask for view, _ in reversed(self._views) if view.first_round <= round_number)
 
     # -- faults ------------------------------------------------------------------------------------------------------
 
     def _bring_about_faults(self, step: int, round_number: int) -> None:
         for fault in self.drill.faults:
-            if fault.step != step or self.rank not in fault.ranks or fault.kind == "rejoin":
+            if fault.step != step or (self.rank, self.life) not in fault.lives or fault.kind == "rejoin":
                 continue
             if fault.kind == "cut" and fault.peer is not None:
                 peer = fault.peer if self.rank == fault.rank else fault.rank
@@ -304,11 +322,12 @@ class DrillRank:
     def _tell_seen(self) -> None:
         """Evidence and views that the parent has not heard of yet."""
         with self._telling:
-            evidence, views = self.buffer.evidence(), self.buffer.views()
-            new_evidence, new_views = evidence[self._num_evidence_told :], views[self._num_views_told :]
+            new_evidence = self.buffer.evidence(self._num_evidence_told)
+            new_views = self.buffer.views(self._told_epoch + 1)
             if not new_evidence and not new_views:
                 return
-            self._num_evidence_told, self._num_views_told = len(evidence), len(views)
+            self._num_evidence_told += len(new_evidence)
+            self._told_epoch = max([self._told_epoch, *(view.epoch for view, _ in new_views)])
             self.pipes.tell(
                 "seen",
                 suspects=self.buffer.core.suspects(),
@@ -342,7 +361,19 @@ class DrillRank:
         self._tell_seen()
         words = [self.buffer.core.fault_at_ns(rank) for rank in range(self.drill.ranks)]
         suspects, evicted = self.buffer.core.suspects(), self._is_evicted()
-        self.pipes.tell("final", fault_at_ns=words, suspects=suspects, evicted=evicted)
+        self.pipes.tell("final", fault_at_ns=words, suspects=suspects, evicted=evicted, holdings=_holdings())
+
+
+def _holdings() -> dict[str, int]:
+    """What this process holds of the system."""
+    own = Path("/proc/self")
+    status = dict(line.split(":", 1) for line in (own / "status").read_text().splitlines())
+    return {
+        "rss_kb": int(status["VmRSS"].split()[0]),
+        "files": len(os.listdir(own / "fd")),
+        "threads": int(status["Threads"]),
+        "mappings": len((own / "maps").read_text().splitlines()),
+    }
 
 
 def _fields(view: View, installed_at_ns: int) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,26 +68,40 @@ class ViewTold:
         return self.active, self.first_round, self.incarnations
 
 
+@dataclass(frozen=True)
+class Holdings:
+    """What a rank's process held of the system after an episode."""
+
+    rss_kb: int = 0
+    files: int = 0
+    threads: int = 0
+    mappings: int = 0
+
+
 @dataclass
 class RankStory:
-    """One rank: what it told, and what the operating system says of its process."""
+    """One life of a rank: what it told, and what the operating system says of its process."""
 
     rank: int
     pid: int = 0
     child: int = 0  # which of the parent's children it is
     joined: bool = False  # it came in the place of a former life
+    due: int = 0  # of one that joins: from which step on
+    first_step: int = 0  # of the episode
     state: str = STARTING
     steps: list[StepTold] = field(default_factory=list)
     evidence: list[EvidenceTold] = field(default_factory=list)
     views: list[ViewTold] = field(default_factory=list)
-    fault_at_ns: dict[int, int] = field(default_factory=dict)  # of each rank, the word that it left behind
+    fault_at_ns: dict[int, set[int]] = field(default_factory=dict)  # of each rank, the words that its lives left behind
     suspects: list[int] = field(default_factory=list)
     epoch: int = 0
     round_number: int = 0
     why: str = ""  # the error it ended with, or what is wrong with a step
     settled: bool = False  # it has completed its steps, and nobody who is in is suspected by it
     told_all: bool = False  # its last message has come
-    waits: bool = False  # at its last step start, for newcomers that are on their way
+    waits_at: int | None = None  # at which step start, for newcomers that are on their way
+    goes_on: bool = False  # its process is needed for another episode
+    holdings: Holdings | None = None
     exit_status: int | None = None  # as of waitpid
     ended_by_drill: bool = False  # the drill killed it to be rid of it
     last_words: str = ""  # what it wrote to stderr
@@ -99,10 +114,23 @@ class RankStory:
 
     @property
     def next_step(self) -> int:
-        return self.steps[-1].step + 1 if self.steps else 0
+        return self.steps[-1].step + 1 if self.steps else self.first_step
+
+    @property
+    def incarnation(self) -> int | None:
+        """By which views name this life; ``None``: it never was in one."""
+        return self.views[0].incarnations[self.rank] if self.views else None
+
+    def is_left_out(self, view: ViewTold) -> bool:
+        """This life had its place, and has it no more in ``view``."""
+        if not self.views or view.epoch <= self.views[0].epoch:
+            return False
+        return self.rank not in view.active or view.incarnations[self.rank] != self.incarnation
 
     @property
     def ended_well(self) -> bool:
+        if self.goes_on:
+            return True
         return self.exit_status is not None and os.waitstatus_to_exitcode(self.exit_status) == 0
 
 
@@ -136,6 +164,36 @@ class Story:
         """All processes that were ranks, those that are first."""
         return [*self.ranks, *self.former]
 
+    def lives_of(self, rank: int) -> list[RankStory]:
+        """Of one rank, in order."""
+        return [*(one for one in self.former if one.rank == rank), self.ranks[rank]]
+
+    def life_of(self, fault: Fault) -> RankStory | None:
+        """Whom it strikes, or who comes by it; ``None``: that life has not begun."""
+        lives = self.lives_of(fault.rank)
+        return lives[fault.life] if fault.life < len(lives) else None
+
+    def next_episode(self, faults: list[FaultStory], first_step: int) -> Story:
+        """Of the processes that go on, with nothing behind them but the view they are in: a story does not grow for as
+        long as its group lives.
+        """
+        ranks = [
+            RankStory(
+                one.rank,
+                pid=one.pid,
+                child=one.child,
+                state=RUNNING,
+                views=one.views[-1:],
+                epoch=one.epoch,
+                round_number=one.round_number,
+                ready_ns=one.ready_ns,
+                news_ns=one.news_ns,
+                first_step=first_step,
+            )
+            for one in self.ranks
+        ]
+        return Story(ranks, faults, began_ns=self.ended_ns)
+
     def hear(self, rank: int, message: Message, now_ns: int) -> list[str]:
         """Takes a rank's message; returns what is worth telling a person, in sentences."""
         return self.hear_of(self.ranks[rank], message, now_ns)
@@ -151,7 +209,7 @@ class Story:
         if not story.joined:
             return []
         for one in self.faults:
-            if one.fault.kind == "rejoin" and one.fault.rank == story.rank:
+            if one.fault.kind == "rejoin" and self.life_of(one.fault) is story:
                 one.happened = True
         return [f"rank {story.rank} is back, as a new process, from round {story.round_number} on"]
 
@@ -159,7 +217,7 @@ class Story:
         pass  # the parent aims by it
 
     def _hear_waits(self, story: RankStory, message: Message) -> None:
-        story.waits = True
+        story.waits_at = message["step"]
 
     def _hear_step(self, story: RankStory, message: Message) -> list[str]:
         lost_on = {int(rank): count for rank, count in message["lost_on"].items()}
@@ -185,7 +243,7 @@ class Story:
         sentences = []
         story.suspects = message["suspects"]
         # Told with the evidence: once another life has taken the rank, its page knows nothing of this one's fault.
-        story.fault_at_ns.update({int(rank): at_ns for rank, at_ns in message.get("fault_at_ns", {}).items() if at_ns})
+        self._hear_words(story, message.get("fault_at_ns", {}).items())
         for rank, kind, at_ns in message["evidence"]:
             story.evidence.append(EvidenceTold(rank, kind, at_ns))
             if (rank, kind) not in self._suspected and kind != "left":
@@ -234,8 +292,14 @@ class Story:
     def _hear_final(self, story: RankStory, message: Message) -> None:
         if message["evicted"] and story.state == FINISHED:
             story.state, story.why = EVICTED, "evicted after its last step"  # it made no call that could have told it
-        story.fault_at_ns.update({rank: at_ns for rank, at_ns in enumerate(message["fault_at_ns"]) if at_ns})
+        self._hear_words(story, enumerate(message["fault_at_ns"]))
         story.suspects, story.told_all = message["suspects"], True
+        story.holdings = Holdings(**message["holdings"]) if "holdings" in message else None
+
+    def _hear_words(self, story: RankStory, words: Iterable[tuple[int | str, int]]) -> None:
+        for rank, at_ns in words:
+            if at_ns:
+                story.fault_at_ns.setdefault(int(rank), set()).add(at_ns)
 
 
 EVIDENCE_MEANS = {
