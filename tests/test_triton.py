@@ -48,7 +48,7 @@ def group(num_ranks: int, config: Config, *backends: str, **extra: object) -> Vi
 
 
 @pytest.mark.parametrize(
-    "formats", [FORMATS[0], FORMATS[15], pytest.param(FORMATS[20], marks=pytest.mark.slow)], ids=name_of
+    "formats", [FORMATS[0], *(pytest.param(FORMATS[one], marks=pytest.mark.slow) for one in (15, 20))], ids=name_of
 )
 def test_all_alive(formats: tuple) -> None:
     config = tiny(formats)
