@@ -166,7 +166,7 @@ GUARDS_IN_STREAMS = ("incarnation", "view_once", "later_declined", "epoch_compar
 
 
 # Without these a call waits for seconds, here as on the CPU, where tests/test_guards.py has them.
-LONG = ("later_declined", "mutual_wait", "release_word", "evicted_is_suspect", "tick")
+LONG = ("recheck", "later_declined", "mutual_wait", "release_word", "evicted_is_suspect", "tick")
 
 
 def long_ones_slow(guards: Iterable[str]) -> pytest.MarkDecorator:

@@ -167,7 +167,7 @@ def outputs(config: Config, backends: Sequence[str]) -> list[list[tuple[torch.Te
     return found
 
 
-@pytest.mark.parametrize("reduce", ["owner", "expert"])
+@pytest.mark.parametrize("reduce", ["owner", pytest.param("expert", marks=pytest.mark.slow)])
 def test_a_mixed_group_has_the_bits_of_a_cpu_group(reduce: str) -> None:
     config = tiny((torch.bfloat16, "batched", reduce, "drop"))
     mixed, plain = outputs(config, ("cpu", "triton", "cpu")), outputs(config, ("cpu",))
