@@ -69,10 +69,11 @@ $(STAMPS)/package: pyproject.toml setup.py $(STAMPS)/tools
 	@touch $@
 
 # torch goes in first and alone: what depends on it must find it there, and never choose its version.
+# Python compiles what is imported; half a minute of pip's compiling would go into what never is.
 $(STAMPS)/tools: requirements-dev.txt $(STAMPS)/venv
 	@echo "Installing torch and the tools into $(VENV): a few minutes, once"
-	@$(PY) -m pip install --quiet "$$(grep '^torch==' requirements-dev.txt)"
-	@$(PY) -m pip install --quiet --requirement requirements-dev.txt
+	@$(PY) -m pip install --quiet --no-compile "$$(grep '^torch==' requirements-dev.txt)"
+	@$(PY) -m pip install --quiet --no-compile --requirement requirements-dev.txt
 	@touch $@
 
 $(STAMPS)/venv:

@@ -21,8 +21,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from fault_a2a.cli.words import whole_number, whole_numbers
+
 from .machine import ROOT, where_and_when
-from .options import add_output_options, run_benchmark, whole_number
+from .options import add_output_options, run_benchmark
 from .spread import spread
 from .teams import check_can_fork, resolve_names_locally
 
@@ -35,15 +37,15 @@ _END_TIMEOUT_S = 10
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="benchmarks.collectives", description=__doc__.splitlines()[0])
     parser.add_argument("--ranks", type=whole_number, default=8, help="processes on this host (default 8)")
-    parser.add_argument("--sizes", default="8,1024,4096", help="bytes of a contribution (default 8,1024,4096)")
+    parser.add_argument(
+        "--sizes", type=whole_numbers, default="8,1024,4096", help="bytes of a contribution (default 8,1024,4096)"
+    )
     parser.add_argument("--iterations", type=whole_number, default=300, help="counted turns of each (default 300)")
     parser.add_argument("--warm-up", type=whole_number, default=20, help="turns that are not counted (default 20)")
     add_output_options(parser, RECORD)
     arguments = parser.parse_args(argv)
-    sizes = arguments.sizes.split(",")
-    if not all(size.isdecimal() and int(size) > 0 and int(size) % 8 == 0 for size in sizes):
-        parser.error(f"--sizes {arguments.sizes}: give positive multiples of 8, separated by commas")
-    arguments.sizes = [int(size) for size in sizes]
+    if any(size % 8 for size in arguments.sizes):
+        parser.error(f"--sizes {','.join(map(str, arguments.sizes))}: give multiples of 8, separated by commas")
     return arguments
 
 

@@ -54,8 +54,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     try:
         arguments.peers = chosen_peers(arguments.peers)
-        num_teams, num_ours = 1 + len(arguments.backends) + len(arguments.peers), len(arguments.backends)
-        library = ask_library(shape_of(arguments), num_teams, num_ours=num_ours, backends=arguments.backends)
+        num_teams = 1 + len(arguments.backends) + len(arguments.peers)
+        library = ask_library(shape_of(arguments), num_teams, backends=arguments.backends)
         arguments.library, arguments.backends = library, library.backends
     except ValueError as error:
         parser.error(str(error))

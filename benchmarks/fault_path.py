@@ -9,6 +9,7 @@ has no times, and the run is red. `python -m benchmarks.fault_path --runs 50 --o
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -23,9 +24,11 @@ if not __package__:  # run as a file
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     __package__ = "benchmarks"
 
+from fault_a2a.cli.words import append_record, whole_number, whole_numbers, words
+
 from .fault_path_report import PARTS, as_line, as_markdown, draw
 from .machine import ROOT, where_and_when
-from .options import add_output_options, whole_number
+from .options import add_output_options
 from .spread import spread
 from .teams import check_can_fork, in_a_fork, resolve_names_locally
 
@@ -83,9 +86,15 @@ class Cell:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="fault_path.py", description=__doc__.splitlines()[0])
-    parser.add_argument("--kinds", default=",".join(KINDS), help=f"comma-separated, of {', '.join(KINDS)}; default all")
-    parser.add_argument("--victims", default="1,2,3", help="how many at once, comma-separated (default 1,2,3)")
-    parser.add_argument("--ranks", default="4,8,16", help="sizes of the group, comma-separated (default 4,8,16)")
+    parser.add_argument(
+        "--kinds", type=words(*KINDS), default=list(KINDS), help=f"comma-separated, of {', '.join(KINDS)}; default all"
+    )
+    parser.add_argument(
+        "--victims", type=whole_numbers, default="1,2,3", help="how many at once, comma-separated (default 1,2,3)"
+    )
+    parser.add_argument(
+        "--ranks", type=whole_numbers, default="4,8,16", help="sizes of the group, comma-separated (default 4,8,16)"
+    )
     parser.add_argument("--runs", type=whole_number, default=50, help="of each line (default 50)")
     parser.add_argument("--seed", type=int, default=0, help="of victims and instants (default 0)")
     parser.add_argument("--markdown", metavar="FILE", help="write the lines as a table")
@@ -100,27 +109,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
             check_picture("--plot", arguments.plot)
         arguments.rendered = _read(arguments.render) if arguments.render else None
-    except (ValueError, argparse.ArgumentTypeError) as error:
+    except ValueError as error:
         parser.error(str(error))
     return arguments
 
 
 def _cells(arguments: argparse.Namespace) -> list[Cell]:
-    kinds = arguments.kinds.split(",")
-    for kind in kinds:
-        if kind not in KINDS:
-            raise ValueError(f"--kinds: there is no fault {kind!r}; give some of {', '.join(KINDS)}")
-    numbers = {}
-    for option in ("victims", "ranks"):
-        try:
-            numbers[option] = [whole_number(text) for text in getattr(arguments, option).split(",")]
-        except argparse.ArgumentTypeError as error:
-            raise ValueError(f"--{option}: {error}") from None
-    if max(numbers["ranks"]) > 32:
-        raise ValueError(f"--ranks {max(numbers['ranks'])}: the drill's layer has 32 experts; give at most 32 ranks")
-    cells = [
-        Cell(kind, victims, ranks) for kind in kinds for victims in numbers["victims"] for ranks in numbers["ranks"]
-    ]
+    if max(arguments.ranks) > 32:
+        raise ValueError(f"--ranks {max(arguments.ranks)}: the drill's layer has 32 experts; give at most 32 ranks")
+    cells = [Cell(*one) for one in itertools.product(arguments.kinds, arguments.victims, arguments.ranks)]
     if all(cell.impossible for cell in cells):
         raise ValueError(f"--victims, --ranks: {cells[0].impossible}; give more ranks or fewer victims")
     return cells
@@ -225,10 +222,7 @@ def run_all(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
         record = measure(cell, arguments.runs, arguments.seed)
         record["command"] = " ".join(["python -m benchmarks.fault_path", *sys.argv[1:]])
         if arguments.out:
-            path = Path(arguments.out)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("a") as out:
-                out.write(json.dumps(record) + "\n")
+            append_record(arguments.out, record)
         yield record
 
 

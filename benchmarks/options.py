@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from fault_a2a.cli.words import append_record, show_turns, whole_number, words
 
 from .machine import ROOT, available_bytes, shared_memory_bytes
 from .systems import OURS, Copy
@@ -41,12 +42,6 @@ def add_shape_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the tokens and the routing (default 0)")
 
 
-def whole_number(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 up")
-    return int(text)
-
-
 def add_output_options(parser: argparse.ArgumentParser, record: Path) -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout, nothing else")
     parser.add_argument(
@@ -65,19 +60,11 @@ def run_benchmark(
 
     On a terminal it shows how many of its ``turns`` (what they are, and how many) are done.
     """
-
-    def watch(iteration: int) -> None:
-        if not arguments.json and sys.stderr.isatty():
-            print(f"\r{turns[0]} {iteration + 1} of {turns[1]} ", end="", file=sys.stderr, flush=True)
-
-    record = measure(arguments, watch)
+    record = measure(arguments, show_turns(*turns, is_silent=arguments.json))
     record["command"] = " ".join(["python", *command])
     print(json.dumps(record) if arguments.json else as_text(record))
     if arguments.out:
-        path = Path(arguments.out)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a") as out:
-            out.write(json.dumps(record) + "\n")
+        append_record(arguments.out, record)
     return 0 if record["ok"] else 1
 
 
@@ -102,13 +89,13 @@ def ask_library(
     shape: Shape,
     num_teams: int,
     num_local_ranks: int | None = None,
-    num_ours: int = 1,
+    num_ours: int | None = None,
     backends: Sequence[str] = ("cpu",),
 ) -> Library:
     """Checks the shape; nothing is started if it cannot be run.
 
-    ``num_local_ranks``: if not all are on this host. ``num_ours``: of the teams, those that have windows. ``backends``:
-    of these; ``auto`` becomes what it is here.
+    ``num_local_ranks``: if not all are on this host. ``backends``: whose windows there are; ``auto`` becomes what it is
+    here. ``num_ours``: of the teams, those that have windows, if not one a backend.
 
     Raises:
         ValueError: naming the option, and what to change.
@@ -138,7 +125,7 @@ def ask_library(
         library = Library(**in_a_fork(ask))
     except ValueError as error:
         raise ValueError(_named_by_option(str(error))) from None
-    _check_memory(shape, library, num_teams, num_local_ranks or shape.ranks, num_ours)
+    _check_memory(shape, library, num_teams, num_local_ranks or shape.ranks, num_ours or len(backends))
     return library
 
 
@@ -155,22 +142,11 @@ def _config_here(shape: Shape, backend: str, machine: Any) -> Any:
     return resolved(shape.config(backend), machine)
 
 
-def backends_of(text: str) -> list[str]:
-    known = ("auto", *OURS)
-    names = text.split(",")
-    for name in names:
-        if name not in known:
-            raise argparse.ArgumentTypeError(f"there is no {name!r}; give some of {', '.join(known)}")
-        if names.count(name) > 1:
-            raise argparse.ArgumentTypeError(f"{name!r} is given twice; give it once")
-    return names
-
-
 def add_backend_option(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--backend",
         dest="backends",
-        type=backends_of,
+        type=words("auto", *OURS),
         default=["auto"],
         help=f"whose kernels run this library, side by side in one run: of auto, {', '.join(OURS)} (default auto: cuda "
         "where it compiles, else triton on a GPU, else cpu)",

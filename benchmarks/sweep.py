@@ -31,7 +31,7 @@ def task(
         ValueError: the shape cannot be run here; names the option and what to change.
     """
     num_teams = 1 + len(backends) + len(peers)
-    library = ask_library(Shape(**shape), num_teams, num_local_ranks, num_ours=len(backends), backends=backends)
+    library = ask_library(Shape(**shape), num_teams, num_local_ranks, backends=backends)
     return argparse.Namespace(
         **shape,
         peers=list(peers),

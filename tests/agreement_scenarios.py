@@ -122,7 +122,7 @@ def _common(courses: dict[int, Course], most_s: float) -> Wrong:
     return wrong
 
 
-def some_stopped(num_ranks: int, stopped: Iterable[int], stopped_s: float = 2.5) -> Wrong:
+def some_stopped(num_ranks: int, stopped: Iterable[int], stopped_s: float = 2.0) -> Wrong:
     """Ranks are stopped at once and woken. With half of the group and its lowest rank, or more, the others go on and
     the stopped are evicted; else the others suspend themselves, and resume once enough of the stopped have woken.
 

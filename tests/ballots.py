@@ -70,18 +70,28 @@ def _is_stale(made: Path) -> bool:
     return max(newest, Path(__file__).stat().st_mtime) > made.stat().st_mtime
 
 
-def _compile(program: Program, source: Path) -> Path:
-    """The object of a source, which programs with the same options share."""
-    folder = BUILD / "objects" / hashlib.sha256(repr(program.options).encode()).hexdigest()[:8]
+def _units(program: Program) -> list[tuple[Path, ...]]:
+    """What is compiled in one go: the sources of a folder, which read the same headers. The largest come first."""
+    by_folder: dict[Path, list[Path]] = {}
+    for source in _sources(program):
+        by_folder.setdefault(source.parent, []).append(source)
+    return sorted(map(tuple, by_folder.values()), key=len, reverse=True)
+
+
+def _compile(program: Program, sources: tuple[Path, ...]) -> Path:
+    """The object of some sources of one folder, which programs with the same options share."""
+    folder = BUILD / "objects" / hashlib.sha256(repr((program.options, sources)).encode()).hexdigest()[:8]
     folder.mkdir(parents=True, exist_ok=True)
-    made = folder / (source.relative_to(ROOT).as_posix().replace("/", "_") + ".o")
+    made = folder / f"{sources[0].parent.relative_to(ROOT).as_posix().replace('/', '_')}.o"
     if not _is_stale(made):
         return made
     launcher = shlex.split(os.environ.get("CMAKE_CXX_COMPILER_LAUNCHER", ""))
     compiler = os.environ.get("CXX") or shutil.which("g++") or "c++"
     options = ["-std=c++17", "-O2", "-DFA2A_TEST_HOOKS=1", f"-I{ROOT}", f"-I{ROOT / 'csrc'}", *program.options]
+    unit = made.with_suffix(".cpp")
+    unit.write_text("".join(f'#include "{source}"\n' for source in sources))
     compiled = made.with_suffix(f".{os.getpid()}")  # another run of the tests may be compiling the same
-    command = [*launcher, compiler, *options, "-c", str(source), "-o", str(compiled)]
+    command = [*launcher, compiler, *options, "-c", str(unit), "-o", str(compiled)]
     subprocess.run(command, cwd=ROOT, check=True, timeout=300)
     compiled.replace(made)
     return made
@@ -96,7 +106,7 @@ def program(name: str) -> Path:
         return binary
     folder.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(max_workers=2) as workers:
-        made = list(workers.map(lambda source: _compile(PROGRAMS[name], source), _sources(PROGRAMS[name])))
+        made = list(workers.map(lambda unit: _compile(PROGRAMS[name], unit), _units(PROGRAMS[name])))
     compiler = os.environ.get("CXX") or shutil.which("g++") or "c++"
     linked = folder / f"{name}.new"
     subprocess.run([compiler, *map(str, made), "-pthread", "-o", str(linked)], check=True, timeout=300)

@@ -30,17 +30,26 @@ def name_of(value: object) -> str:
 
 
 def each_on(backends: Sequence[str], names: str, cases: Iterable[tuple]) -> pytest.MarkDecorator:
-    """Every case on the CPU, every third on each of the others, which take turns; CI's slow job runs them all.
+    """Every case on the CPU, every fifth on each of the others, which take turns; CI's slow job runs them all.
 
     ``names``: of what a case holds, separated by commas.
     """
+    # Every fourth or sixth would meet the same few of four phases, or of two formats, each time.
     runs = [
         pytest.param(
             *(backend, *case),
-            marks=[] if backend == "cpu" or number % 3 == turn else pytest.mark.slow,
+            marks=[] if backend == "cpu" or number % 5 == turn else pytest.mark.slow,
             id="-".join([*map(name_of, case), backend]),
         )
         for number, case in enumerate(cases)
         for turn, backend in enumerate(backends)
     ]
     return pytest.mark.parametrize(f"group_of,{names}", runs, indirect=["group_of"])
+
+
+def every_third(cases: Iterable[tuple]) -> list:
+    """The other cases run in CI's slow job."""
+    return [
+        pytest.param(*case, marks=[pytest.mark.slow] * (number % 3 > 0), id="-".join(map(name_of, case)))
+        for number, case in enumerate(cases)
+    ]

@@ -24,7 +24,7 @@ from tests.rig import Checker
 # -- pauses that are no deaths -----------------------------------------------------------------------------------------
 
 
-def gil_held(seconds: float = 5.0) -> Wrong:
+def gil_held(seconds: float = 2.5) -> Wrong:
     """Two ranks hold the GIL among their experts, far longer than the silence timeout: one in C, one in a loop."""
     config = small(6, silence_ms=500)
     task = Rounds(between=partial(_hold_gil, round_number=4, seconds=seconds))
@@ -107,7 +107,7 @@ def _sleep_in_turn(here: Here, _: Buffer, apart_s: float) -> None:
     time.sleep(apart_s * (here.rank // 2))
 
 
-def idle_group(idle_s: float = 3.0) -> Wrong:
+def idle_group(idle_s: float = 1.5) -> Wrong:
     """Nobody is in a round, and one rank is stopped for most of that time: nobody waits, so nobody is late."""
     config = small(4, silence_ms=300)
     task = Rounds(before=partial(_wait_for_word, round_number=3))

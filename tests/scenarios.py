@@ -263,7 +263,7 @@ def late_chunks() -> Wrong:
         return corrupt(tallies) + lost_between_live(ranks, work, tallies, set())
 
 
-def crossed_orders(patience_s: float = 4.0, stall_ms: int = 300) -> Wrong:
+def crossed_orders(patience_s: float = 2.5, stall_ms: int = 300) -> Wrong:
     """Rank 0 dispatches round r + 1 before it combines round r, rank 1 the other way round: each waits for the other,
     alive and ticking. No call may wait for ever."""
     config = small(stall_ms=stall_ms)

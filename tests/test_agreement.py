@@ -34,7 +34,9 @@ def test_views_change_without_the_store() -> None:
     assert scenarios.store_lost_then_deaths() == []
 
 
-@pytest.mark.parametrize("dead_ms", [0.0, 0.2, 0.5, 1.0, 2.0, 5.0])
+@pytest.mark.parametrize(
+    "dead_ms", [0.0, 0.5, 2.0, *(pytest.param(ms, marks=pytest.mark.slow) for ms in (0.2, 1.0, 5.0))]
+)
 def test_the_proposer_dies_in_mid_agreement(dead_ms: float) -> None:
     assert scenarios.proposer_dies_with(dead_ms=dead_ms) == []
 
@@ -45,8 +47,11 @@ def test_seven_of_eight_killed_leave_a_group_of_one() -> None:
 
 @pytest.mark.parametrize(
     ("num_ranks", "stopped"),
-    [(2, [1]), (2, [0]), (4, [2, 3]), (4, [0, 1]), (6, [1, 3, 5]), (5, [0, 2, 4])],
-    ids=["higher of two", "lower of two", "upper half", "lower half", "half without the lowest", "most"],
+    [
+        *((2, [1]), (2, [0]), (4, [2, 3]), (4, [0, 1]), (5, [0, 2, 4])),
+        pytest.param(6, [1, 3, 5], marks=pytest.mark.slow),
+    ],
+    ids=["higher of two", "lower of two", "upper half", "lower half", "most", "half without the lowest"],
 )
 def test_stopped_at_once_and_woken(num_ranks: int, stopped: list[int]) -> None:
     assert scenarios.some_stopped(num_ranks, stopped) == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 
 import pytest
@@ -11,6 +12,7 @@ from tests.ballots import run
 SIZES = (8, 32, 96, 256)
 
 
+@functools.cache
 def growth() -> dict[int, dict[str, float]]:
     done = run("agreement_growth", *map(str, SIZES))
     print(done.stdout)

@@ -3,13 +3,13 @@
 import importlib.util
 import json
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+from fault_a2a.cli.main import main
+from tests.apart import command, refusals
+
 SMALL = (
     "--ranks",
     "2",
@@ -31,8 +31,7 @@ KEYS = {
 
 
 def bench(*options: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "fault_a2a", "bench", *options]
-    return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    return command("fault_a2a.cli.main", "bench", *options)
 
 
 def test_a_sweep_gives_a_row_for_each_shape_and_system(tmp_path):
@@ -76,25 +75,16 @@ REFUSED = [
 
 
 def test_what_cannot_be_run_is_refused_before_anything_is_measured():
-    # One process for all of them: an import of torch takes longer than the refusals.
-    program = (
-        "import sys\nfrom fault_a2a.cli.main import main\n"
-        f"for options in {[options for options, _ in REFUSED]!r}:\n"
-        "    try: main(['bench', *options])\n"
-        "    except SystemExit as error: print('exit', error.code, file=sys.stderr)\n"
-        "    print('next', file=sys.stderr)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
-    answers = done.stderr.split("next\n")
-    assert len(answers) == len(REFUSED) + 1 and done.stdout == "", done.stderr
-    for answer, (_, words) in zip(answers[:-1], REFUSED, strict=True):
+    for answer, (_, words) in zip(refusals(main, [["bench", *one] for one, _ in REFUSED]), REFUSED, strict=True):
         assert all(word in answer for word in (*words, "exit 2")), answer
 
 
 def test_backends_are_measured_side_by_side_and_emulated_ones_are_said_to_be():
     has_triton = importlib.util.find_spec("triton") is not None
     backends = ["cpu", "cuda-host", *(["triton"] if has_triton else [])]
-    done = bench(*SMALL, "--num-tokens", "3", "--peers", "gloo", "--backend", ",".join(backends), "--json")
+    # One token of few elements: a round that is interpreted takes half a second, whatever else is measured.
+    few = ("--iterations", "1", "--num-tokens", "1", "--hidden", "16")
+    done = bench(*SMALL, *few, "--peers", "gloo", "--backend", ",".join(backends), "--json")
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)["rows"]
     assert [row["system"] for row in rows] == [*(f"fault_a2a-{backend}" for backend in backends), "gloo"]
@@ -135,13 +125,13 @@ def test_the_benchmarks_are_part_of_the_package():
 
 
 def test_small_collectives_are_timed_beside_gloo_and_checked():
-    command = [sys.executable, "-m", "benchmarks.collectives", "--ranks", "2", "--sizes", "8,64", "--iterations", "3"]
-    done = subprocess.run([*command, "--json"], capture_output=True, text=True, timeout=120, check=False, cwd=ROOT)
+    small = ("benchmarks.collectives", "--ranks", "2", "--iterations", "3", "--json")
+    done = command(*small, "--sizes", "8,64")
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)["rows"]
     assert [(row["system"], row["num_bytes"]) for row in rows] == [
         (system, size) for size in (8, 64) for system in ("fault_a2a", "gloo")
     ]
     assert all(row["all_reduce_us"] > 0 and row["spread_us"]["count"] == 3 for row in rows)
-    refused = subprocess.run([*command, "--sizes", "7"], capture_output=True, text=True, check=False, cwd=ROOT)
+    refused = command(*small, "--sizes", "7")
     assert refused.returncode == 2 and "multiples of 8" in refused.stderr

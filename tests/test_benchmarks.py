@@ -8,16 +8,20 @@ import statistics
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from benchmarks.dispatch_combine import parse
 from benchmarks.floor import floor_us, traffic
 from benchmarks.peers import PEERS
 from benchmarks.spread import bootstrap_median, percentile, spread
 from benchmarks.work import Shape
+from tests.apart import command, completed, refusals
 
 ROOT = Path(__file__).resolve().parent.parent
+BENCHMARK = "benchmarks.dispatch_combine"
 SMALL = ("--ranks", "2", "--tokens", "6", "--hidden", "64", "--topk", "2", "--experts", "8")
 QUICK = (*SMALL, "--iterations", "3", "--warm-up", "1", "--json")
 KEYS = {
@@ -29,7 +33,6 @@ TIMES = ("dispatch_us", "combine_us", "pair_us", "p95_us")
 # Peers, and changes of ours, that no user has: each is planted for one test.
 PLANTED = """
 import os, signal, sys, time, torch
-sys.path.insert(0, {root!r})
 from benchmarks import dispatch_combine, peers, systems
 
 class WrongSum(peers.Gloo):
@@ -99,11 +102,13 @@ if "OMPI_COMM_WORLD_RANK" in os.environ and "benchmarks.mpi_team" in " ".join(sy
 
 
 def run(*options: str, planted: str = "") -> tuple[int, str, str]:
-    command = [sys.executable, str(ROOT / "benchmarks" / "dispatch_combine.py"), *options]
-    if planted:
-        command = [sys.executable, "-c", PLANTED.format(root=str(ROOT)), planted, *options]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd="/", check=False)
+    done = completed(partial(run_planted, planted, options)) if planted else command(BENCHMARK, *options)
     return done.returncode, done.stdout, done.stderr
+
+
+def run_planted(planted: str, options: tuple[str, ...]) -> None:
+    sys.argv = ["planted", planted, *options]
+    exec(PLANTED, {})
 
 
 def rows_of(stdout: str) -> dict[str, dict]:
@@ -113,9 +118,15 @@ def rows_of(stdout: str) -> dict[str, dict]:
 @pytest.mark.parametrize("extra", [(), ("--reduce", "expert", "--recv-format", "packed", "--dtype", "f32")])
 def test_a_row_for_each_system_with_its_times(extra, tmp_path):
     record_file = tmp_path / "new folder" / "record.jsonl"
-    status, stdout, stderr = run(*QUICK, *extra, "--peers", "gloo,gloo-per-choice", "--out", str(record_file))
-    assert status == 0, stderr + stdout
-    record, rows = json.loads(stdout), rows_of(stdout)
+    options = (*QUICK, *extra, "--peers", "gloo,gloo-per-choice", "--out", str(record_file))
+    # Once as a file, from anywhere; what that adds is the same with other options.
+    program = [sys.executable, str(ROOT / "benchmarks" / "dispatch_combine.py"), *options]
+    if extra:
+        done = command(BENCHMARK, *options)
+    else:
+        done = subprocess.run(program, capture_output=True, text=True, timeout=240, cwd="/", check=False)
+    assert done.returncode == 0, done.stderr + done.stdout
+    record, rows = json.loads(done.stdout), rows_of(done.stdout)
     assert list(rows) == ["fault_a2a", "gloo", "gloo-per-choice"]
     for row in rows.values():
         assert row.keys() >= KEYS
@@ -143,8 +154,8 @@ def test_ranks_of_mpirun_that_cannot_start_or_answer_wrongly_get_no_time(tmp_pat
     # mpirun gives its ranks the environment of this process: the planted module is imported before anything else.
     (tmp_path / "sitecustomize.py").write_text(PLANTED_MPI)
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    command = [sys.executable, str(ROOT / "benchmarks" / "dispatch_combine.py"), *QUICK, "--peers", "mpi,mpi-no-cma"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment, check=False)
+    program = [sys.executable, str(ROOT / "benchmarks" / "dispatch_combine.py"), *QUICK, "--peers", "mpi,mpi-no-cma"]
+    done = subprocess.run(program, capture_output=True, text=True, timeout=240, env=environment, check=False)
     rows = rows_of(done.stdout)
     assert done.returncode == 1 and rows["fault_a2a"]["pair_us"] > 0
     assert "beyond the tolerance" in rows["mpi"]["failure"] and rows["mpi"]["pair_us"] is None
@@ -195,25 +206,10 @@ REFUSED = [
     (("--hidden", "100"), ("--hidden", "pad the rows to 104")),
     (("--ranks", "1000", "--experts", "1000"), ("--ranks 1000", "GiB", "give fewer --ranks")),
 ]
-EACH_REFUSED = """
-import sys
-sys.path.insert(0, {root!r})
-from benchmarks.dispatch_combine import parse
-for options in {cases!r}:
-    try:
-        parse(options)
-    except SystemExit as error:
-        print("exit", error.code, file=sys.stderr)
-    print("next", file=sys.stderr)
-"""
 
 
 def test_what_cannot_be_run_is_refused_with_what_to_change():
-    command = [sys.executable, "-c", EACH_REFUSED.format(root=str(ROOT), cases=[options for options, _ in REFUSED])]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    answers = done.stderr.split("next\n")
-    assert len(answers) == len(REFUSED) + 1, done.stderr
-    for answer, (_, words) in zip(answers[:-1], REFUSED, strict=True):
+    for answer, (_, words) in zip(refusals(parse, [one for one, _ in REFUSED]), REFUSED, strict=True):
         for word in (*words, "exit 2"):
             assert word in answer
 
@@ -221,8 +217,8 @@ def test_what_cannot_be_run_is_refused_with_what_to_change():
 def test_ranks_of_a_killed_benchmark_end_even_while_they_are_stopped():
     options = [option for option in QUICK if option != "3"]
     options.insert(options.index("--iterations") + 1, "100000")
-    command = [sys.executable, str(ROOT / "benchmarks" / "dispatch_combine.py"), *options]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as benchmark:
+    program = [sys.executable, str(ROOT / "benchmarks" / "dispatch_combine.py"), *options]
+    with subprocess.Popen(program, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as benchmark:
         children: list[int] = []
         deadline = time.monotonic() + 60
         while sum(state_of(child) == "T" for child in children) < 4 and time.monotonic() < deadline:

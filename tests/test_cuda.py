@@ -26,7 +26,7 @@ from fault_a2a.testing.virtual import VirtualRanks
 from tests import scenarios
 from tests.drills import run_drills
 from tests.graphs import CapturedRounds
-from tests.groups import name_of
+from tests.groups import every_third, name_of
 from tests.join_scenarios import Steps, all_in, came_at_step_starts, judge_lives, replace_one
 from tests.process_rounds import small as process_config
 from tests.processes import Here
@@ -57,7 +57,7 @@ def small(**changes: object) -> Config:
 # --- the same as everywhere else
 
 
-@pytest.mark.parametrize("formats", FORMATS, ids=name_of)
+@pytest.mark.parametrize("formats", every_third((formats,) for formats in FORMATS))
 def test_all_alive(formats: tuple) -> None:
     config = config_of(formats)
     with group_of(3, config) as ranks:
@@ -65,7 +65,7 @@ def test_all_alive(formats: tuple) -> None:
     assert sum(tally.lost + tally.unroutable for tally in tallies) == 0 < sum(tally.choices for tally in tallies)
 
 
-@pytest.mark.parametrize(("formats", "phase"), list(zip(itertools.cycle(FORMATS), phases(), strict=False)), ids=name_of)
+@pytest.mark.parametrize(("formats", "phase"), every_third(zip(itertools.cycle(FORMATS), phases(), strict=False)))
 def test_one_dies_inside_a_round(formats: tuple, phase: str) -> None:
     config = config_of(formats)
     with group_of(4, config) as ranks:

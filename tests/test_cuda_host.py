@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
 
@@ -70,7 +70,7 @@ def run_rounds(
 
 
 @in_chunks
-@pytest.mark.parametrize("seed", range(1, 9))
+@pytest.mark.parametrize("seed", [*range(1, 5), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(5, 9))])
 @pytest.mark.parametrize("weak", [False, True], ids=["strong", "weak"])
 def test_rounds_in_any_order(seed: int, weak: bool, num_chunk_tokens: int) -> None:
     shapes = [(1, 32), (2, 64), (3, 32), (4, 96)]
@@ -165,7 +165,16 @@ GUARDS = {
 GUARDS_IN_STREAMS = ("incarnation", "view_once", "later_declined", "epoch_compare", "combine_count", "one_answer")
 
 
-@pytest.mark.parametrize("guard", GUARDS)
+# Without these a call waits for seconds, here as on the CPU, where tests/test_guards.py has them.
+LONG = ("recheck", "later_declined", "mutual_wait", "release_word", "evicted_is_suspect", "tick")
+
+
+def long_ones_slow(guards: Iterable[str]) -> pytest.MarkDecorator:
+    marks = {guard: [pytest.mark.slow] * (guard in LONG) for guard in guards}
+    return pytest.mark.parametrize("guard", [pytest.param(guard, marks=marks[guard]) for guard in guards])
+
+
+@long_ones_slow(GUARDS)
 def test_guard(guard: str) -> None:
     """Clean with it, red without it."""
     scenario, others = TABLE[guard]
@@ -184,7 +193,7 @@ def in_streams() -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("guard", GUARDS_IN_STREAMS)
+@long_ones_slow(GUARDS_IN_STREAMS)
 def test_guard_in_streams(guard: str) -> None:
     with in_streams():
         test_guard(guard)

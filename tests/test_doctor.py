@@ -13,18 +13,14 @@ import fault_a2a
 from fault_a2a.cli import doctor
 from fault_a2a.config import Config
 from fault_a2a.core_fields import window_bytes
+from tests import apart
 from tests.drills import ROOT
-
-
-def command(*words: str):
-    return subprocess.run(
-        [sys.executable, "-m", "fault_a2a", "doctor", *words], cwd=ROOT, capture_output=True, text=True, timeout=60
-    )
 
 
 @pytest.fixture(scope="module")
 def answer():
-    done = command("--json", "--window")
+    program = [sys.executable, "-m", "fault_a2a", "doctor", "--json", "--window"]
+    done = subprocess.run(program, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and not done.stderr
     return json.loads(done.stdout)
 
@@ -76,7 +72,9 @@ def test_sums_at_the_expert_need_a_smaller_window(answer):
 
 
 def test_for_people():
-    done = command("--window", "--experts", "32", "--hidden", "1024", "--ranks", "4")
+    done = apart.command(
+        "fault_a2a.cli.main", "doctor", "--window", "--experts", "32", "--hidden", "1024", "--ranks", "4"
+    )
     assert done.returncode == 0 and "exit evidence  yes" in done.stdout
     assert "gpu windows    " in done.stdout and "gpu fabric     " in done.stdout
     assert "without recv.x; 5 partitions, 1 of them spare" in done.stdout and "recv.x" in done.stdout

@@ -9,10 +9,12 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from tests.apart import command, main_of, started
 from tests.drills import ROOT, SMALL, run_drills
 from tests.test_drill_report import KEYS
 
@@ -65,12 +67,6 @@ DRILLS = {
     "no tokens": ["--tokens", "0", "--kill", "1@10"],
     "slow experts": ["--kill", "1@3", "--steps", "6", "--compute-us", "0-60000", "--silence-ms", "100"],
 }
-
-
-def command(*words: str, **options):
-    return subprocess.run(
-        [sys.executable, "-m", "fault_a2a", *words], cwd=ROOT, capture_output=True, text=True, timeout=60, **options
-    )
 
 
 def names_in_shared_memory():
@@ -191,7 +187,7 @@ def test_what_is_counted(answers):
 
 def test_without_beats_the_slow_experts_are_red():
     """The same as "slow experts", which is green: the judge can tell a slow rank that beats from one that does not."""
-    slow = ["--steps", "6", "--compute-us", "0-600000", "--silence-ms", "100"]
+    slow = ["--steps", "5", "--compute-us", "0-400000", "--silence-ms", "100", "--agreement-ms", "1000"]
     well, sick = run_drills([[*SMALL, *slow], [*SMALL, *slow, "--without-guard", "beat"]])
     assert well["ok"] and well["false_suspicions"] == 0, well["problems"]
     assert not sick["ok"] and sick["exit_code"] == 1 and sick["false_suspicions"] > 0
@@ -199,7 +195,8 @@ def test_without_beats_the_slow_experts_are_red():
 
 # ---- the command ----------------------------------------------------------------------------------------------------
 def test_json_is_all_that_stands_on_stdout():
-    done = command("drill", *SMALL, "--kill", "1@10", "--json")
+    program = [sys.executable, "-m", "fault_a2a", "drill", *SMALL, "--kill", "1@10", "--json"]
+    done = subprocess.run(program, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stdout
     assert json.loads(done.stdout)["survivors"] == [0, 2, 3] and done.stdout.count("\n") == 1 and not done.stderr
 
@@ -207,7 +204,7 @@ def test_json_is_all_that_stands_on_stdout():
 def test_plain_lines_in_a_pipe(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("the same few words again and again")
-    done = command("drill", *SMALL, "--kill", "1@10+500", "--text", str(text))
+    done = command("fault_a2a.cli.main", "drill", *SMALL, "--kill", "1@10+500", "--text", str(text))
     assert done.returncode == 0 and "\x1b" not in done.stdout and not done.stderr
     lines = " ".join(done.stdout.split())
     for sentence in (
@@ -222,7 +219,7 @@ def test_plain_lines_in_a_pipe(tmp_path):
 
 
 def test_help_lists_the_phases():
-    done = command("drill", "--help")
+    done = command("fault_a2a.cli.main", "drill", "--help")
     text = "".join(done.stdout.split())
     from fault_a2a import phases
 
@@ -322,7 +319,7 @@ def alive(pid):
 
 def test_a_group_that_cannot_be_built_is_reported(tmp_path):
     """Ranks that fail are the drill's answer, not its crash."""
-    done = command("drill", *SMALL, "--json", "--without-guard", "no such guard")
+    done = command("fault_a2a.cli.main", "drill", *SMALL, "--json", "--without-guard", "no such guard")
     answer = json.loads(done.stdout)
     assert done.returncode == 1 and not answer["ok"] and set(KEYS) <= set(answer)
     assert any("failed" in problem for problem in answer["problems"]) and "Traceback" in done.stderr

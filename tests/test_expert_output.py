@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from benchmarks import options
 from benchmarks.expert_output import SYSTEMS, as_text, parse
-
-ROOT = Path(__file__).resolve().parent.parent
+from tests.apart import command
 
 
 @pytest.mark.parametrize("recv_format", ["batched", "packed"])
 def test_each_way_of_writing_is_checked_and_timed(recv_format):
-    command = [
-        *(sys.executable, "-m", "benchmarks.expert_output", "--ranks", "2", "--tokens", "6", "--hidden", "64"),
+    done = command(
+        *("benchmarks.expert_output", "--ranks", "2", "--tokens", "6", "--hidden", "64"),
         *("--topk", "2", "--experts", "8", "--iterations", "3", "--recv-format", recv_format, "--json"),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False, cwd=ROOT)
+    )
     assert done.returncode == 0, done.stderr + done.stdout
     record = json.loads(done.stdout)
     assert [row["system"] for row in record["rows"]] == list(SYSTEMS) and record["ok"]

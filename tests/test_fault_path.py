@@ -12,13 +12,14 @@ import pytest
 from benchmarks import fault_path
 from benchmarks.fault_path import KINDS, Cell, main, measure, parse
 from benchmarks.fault_path_report import PARTS, as_line, as_markdown
+from tests.apart import command
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def bench(*options: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "benchmarks.fault_path", *options]
-    return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False, cwd=ROOT)
+    program = [sys.executable, "-m", "benchmarks.fault_path", *options]
+    return subprocess.run(program, capture_output=True, text=True, timeout=240, check=False, cwd=ROOT)
 
 
 def test_real_faults_are_timed_and_their_record_is_read_again(tmp_path):
@@ -45,7 +46,7 @@ def test_real_faults_are_timed_and_their_record_is_read_again(tmp_path):
     assert [json.loads(line) for line in record_file.read_text().splitlines()] == answer["rows"]
     assert table.read_text() == as_markdown(answer["rows"])
     rendered = [*("--render", str(record_file)), *(("--plot", str(picture)) if has_matplotlib() else ())]
-    again = bench(*rendered, "--json")
+    again = command("benchmarks.fault_path", *rendered, "--json")
     assert again.returncode == 0 and json.loads(again.stdout)["rows"] == answer["rows"]
     assert not has_matplotlib() or "<svg" in picture.read_text()
 

@@ -13,7 +13,7 @@ def suspects_the_living(wrong: scenarios.Wrong) -> bool:
 # -- pauses that are no deaths -----------------------------------------------------------------------------------------
 
 
-def test_holding_the_gil_for_five_seconds_is_no_silence() -> None:
+def test_holding_the_gil_for_longer_than_a_silence_is_none() -> None:
     assert scenarios.gil_held() == []
 
 
@@ -22,7 +22,7 @@ def test_a_proposer_that_holds_the_gil_holds_up_nobody(agreement: str) -> None:
     assert scenarios.gil_held_by_the_proposer(agreement) == []
 
 
-@pytest.mark.parametrize("apart_s", [3.0, pytest.param(10.0, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("apart_s", [1.5, pytest.param(10.0, marks=pytest.mark.slow)])
 def test_ranks_that_enter_their_first_round_late_are_not_suspected(apart_s: float) -> None:
     assert scenarios.late_first_round(apart_s) == []
 
@@ -38,7 +38,10 @@ def test_slow_experts_make_nobody_a_suspect() -> None:
 # -- stopped and woken -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("phase", ["dispatch.send_rows", "dispatch.half_signalled", "combine.send_rows"])
+@pytest.mark.parametrize(
+    "phase",
+    ["dispatch.half_signalled", "combine.send_rows", pytest.param("dispatch.send_rows", marks=pytest.mark.slow)],
+)
 def test_a_stopped_rank_is_evicted_and_its_late_stores_change_nothing(phase: str) -> None:
     assert scenarios.stopped_and_woken(phase) == []
 
@@ -62,7 +65,7 @@ def test_a_rank_that_accuses_one_after_another_costs_at_most_one() -> None:
 
 
 def test_deaths_at_random_instants_cost_exactly_the_dead() -> None:
-    assert scenarios.killed_at_random(num_deaths=10, seed=1) == []
+    assert scenarios.killed_at_random(num_deaths=6, seed=1) == []
 
 
 @pytest.mark.parametrize(
@@ -83,7 +86,7 @@ def test_deaths_where_the_store_decides() -> None:
 
 @pytest.mark.parametrize("action", ["kill", "stop"])
 def test_who_waits_for_the_dead_is_not_late_itself(action: str) -> None:
-    assert scenarios.no_cascade(num_deaths=5, seed=1, action=action) == []
+    assert scenarios.no_cascade(num_deaths=3, seed=1, action=action) == []
 
 
 def test_without_beats_the_living_are_suspected() -> None:

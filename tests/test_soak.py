@@ -1,8 +1,6 @@
 """The soak: what it does to whom follows from its seed, and one short run of it keeps every promise."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 
@@ -10,6 +8,7 @@ from fault_a2a.cli.drill.faults import parse_faults
 from fault_a2a.cli.drill.options import LateHelpParser, add_arguments, read_drill
 from fault_a2a.cli.soak import STEPS, Soak, closing, episode_options
 from fault_a2a.core_fields import phases
+from tests.apart import command
 
 PHASES = ["dispatch.copy", "combine.wait"]
 
@@ -55,8 +54,7 @@ def test_a_broken_promise_is_reported_with_what_repeats_it() -> None:
 
 
 def test_a_short_soak_keeps_every_promise() -> None:
-    command = [sys.executable, "-m", "fault_a2a", "soak", "--minutes", "0.02", "--ranks", "3", "--seed", "1", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = command("fault_a2a.cli.main", "soak", "--minutes", "0.02", "--ranks", "3", "--seed", "1", "--json")
     answer = json.loads(done.stdout)
     assert done.returncode == 0 and answer["ok"] is True, done.stdout + done.stderr
     assert answer["episodes"] >= 1 and answer["seed"] == 1 and sum(answer["faults_by_kind"].values()) >= 1
@@ -65,6 +63,5 @@ def test_a_short_soak_keeps_every_promise() -> None:
 
 @pytest.mark.parametrize(("option", "value"), [("--ranks", "1"), ("--minutes", "0")])
 def test_misuse_names_the_option(option: str, value: str) -> None:
-    command = [sys.executable, "-m", "fault_a2a", "soak", option, value]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = command("fault_a2a.cli.main", "soak", option, value)
     assert done.returncode == 2 and f"{option} {value}" in done.stderr.replace(".0:", ":") and "pass" in done.stderr

@@ -40,7 +40,7 @@ def test_one_rank_streams_to_itself(group_of: GroupOf) -> None:
         conform(ranks, RoutedWork(config, 1, seed=2))
 
 
-@on_every
+@pytest.mark.parametrize("group_of", ["cpu", "mixed", pytest.param("cuda-host", marks=pytest.mark.slow)], indirect=True)
 def test_more_chunks_than_the_field_can_count(group_of: GroupOf) -> None:
     """A chunk's number has 8 bits; a stream of 300 chunks passes the end of the field."""
     config = config_of(num_max_tokens_per_rank=300, num_chunk_tokens=1, hidden=8)
@@ -152,7 +152,7 @@ def test_part_of_a_combine_stream_counts(group_of: GroupOf) -> None:
 
 
 @on_every
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (2, 3))])
 def test_a_writer_that_never_asks(group_of: GroupOf, seed: int) -> None:
     """It stores over chunks that are being read. Its rows may be torn, and no call hangs for it."""
     config = config_of(num_max_tokens_per_rank=96, num_chunk_tokens=2, num_experts=8, hidden=2048)

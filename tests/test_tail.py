@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -14,18 +11,16 @@ from benchmarks import tail
 from benchmarks.contest import Score
 from benchmarks.peers import Gloo
 from benchmarks.systems import FaultA2A
-
-ROOT = Path(__file__).resolve().parent.parent
+from tests.apart import command
 
 
 def test_as_many_steps_as_were_asked_for_beside_the_peer(tmp_path):
     picture = tmp_path / "tail.svg"
     has_matplotlib = importlib.util.find_spec("matplotlib") is not None
-    command = [
-        *(sys.executable, "-m", "benchmarks.tail", "--steps", "40", "--hidden", "64", "--tokens", "3", "--json"),
+    done = command(
+        *("benchmarks.tail", "--steps", "40", "--hidden", "64", "--tokens", "3", "--json"),
         *("--out", str(tmp_path / "tail.jsonl"), *(("--plot", str(picture)) if has_matplotlib else ())),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False, cwd=ROOT)
+    )
     assert done.returncode == 0, done.stderr + done.stdout
     record = json.loads(done.stdout)
     assert [row["system"] for row in record["rows"]] == ["fault_a2a", "gloo"] and record["ok"]

@@ -48,7 +48,7 @@ def group(num_ranks: int, config: Config, *backends: str, **extra: object) -> Vi
 
 
 @pytest.mark.parametrize(
-    "formats", [FORMATS[0], FORMATS[15], pytest.param(FORMATS[20], marks=pytest.mark.slow)], ids=name_of
+    "formats", [FORMATS[0], *(pytest.param(FORMATS[one], marks=pytest.mark.slow) for one in (15, 20))], ids=name_of
 )
 def test_all_alive(formats: tuple) -> None:
     config = tiny(formats)
@@ -167,7 +167,7 @@ def outputs(config: Config, backends: Sequence[str]) -> list[list[tuple[torch.Te
     return found
 
 
-@pytest.mark.parametrize("reduce", ["owner", "expert"])
+@pytest.mark.parametrize("reduce", ["owner", pytest.param("expert", marks=pytest.mark.slow)])
 def test_a_mixed_group_has_the_bits_of_a_cpu_group(reduce: str) -> None:
     config = tiny((torch.bfloat16, "batched", reduce, "drop"))
     mixed, plain = outputs(config, ("cpu", "triton", "cpu")), outputs(config, ("cpu",))

@@ -219,7 +219,7 @@ GUARDS: dict[str, tuple[Callable[[], Wrong], tuple[str, ...]]] = {
     "incarnation": (partial(on, ("triton", "cpu", "cpu"), scenarios.foreign_incarnation), ()),
     "release_word": (closed_while_waiting, ()),
 }
-QUICK = ("view_once", "check_index", "third_round")
+QUICK = ("check_index", "third_round")
 # Half a minute each, of waits that must be longer than interpreted work is on a busy machine.
 LONG = ("later_declined", "mutual_wait", "tick", "gap_restart")
 

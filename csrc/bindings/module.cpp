@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "bindings/address.hpp"
 #include "bindings/endpoint.hpp"
 #include "host/clock.hpp"
 #include "transport/local.hpp"
@@ -49,11 +50,6 @@ const char* name_of(Status status) {
 }
 
 namespace {
-
-template <class T>
-T* pointer(std::uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
 
 std::vector<i32> ranks_of(const RankSet& set, i32 num_ranks) {
   std::vector<i32> out;

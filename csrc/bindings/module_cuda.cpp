@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "bindings/address.hpp"
 #include "bindings/endpoint.hpp"
 #include "kernels/cuda/host/driver_gpu.hpp"
 #if defined(FA2A_TEST_HOOKS) && FA2A_TEST_HOOKS
@@ -18,12 +19,6 @@ namespace fa2a {
 namespace {
 
 using device::DeviceHandle;
-using Address = std::uintptr_t;
-
-template <class T>
-T* at(Address address) {
-  return reinterpret_cast<T*>(address);
-}
 
 cuda::Rank& rank_of(Endpoint& endpoint) {
   if (endpoint.cuda() == nullptr)
@@ -33,26 +28,27 @@ cuda::Rank& rank_of(Endpoint& endpoint) {
 
 void launch_dispatch_send(Endpoint& e, Address x, Address scales, Address topk_idx, bool idx_is_64_bit,
                           Address topk_weights, i32 num_tokens, Address handle) {
-  rank_of(e).launch_dispatch_send({at<const u8>(x), at<const u8>(scales), at<const void>(topk_idx), idx_is_64_bit,
-                                   at<const float>(topk_weights), num_tokens},
-                                  at<DeviceHandle>(handle));
+  rank_of(e).launch_dispatch_send({pointer<const u8>(x), pointer<const u8>(scales), pointer<const void>(topk_idx),
+                                   idx_is_64_bit, pointer<const float>(topk_weights), num_tokens},
+                                  pointer<DeviceHandle>(handle));
 }
 
 void launch_dispatch_receive(Endpoint& e, Address recv_x, Address recv_scales, Address recv_weights, Address counts,
                              Address offsets, Address handle) {
-  rank_of(e).launch_dispatch_receive(
-      {0, at<u8>(recv_x), at<u8>(recv_scales), at<float>(recv_weights), at<i32>(counts), at<i32>(offsets)},
-      at<DeviceHandle>(handle));
+  rank_of(e).launch_dispatch_receive({0, pointer<u8>(recv_x), pointer<u8>(recv_scales), pointer<float>(recv_weights),
+                                      pointer<i32>(counts), pointer<i32>(offsets)},
+                                     pointer<DeviceHandle>(handle));
 }
 
 void launch_combine_send(Endpoint& e, Address y, Address handle) {
-  rank_of(e).launch_combine_send({at<const u8>(y), 0, /*abandon=*/false}, at<DeviceHandle>(handle));
+  rank_of(e).launch_combine_send({pointer<const u8>(y), 0, /*abandon=*/false}, pointer<DeviceHandle>(handle));
 }
 
 void launch_combine_receive(Endpoint& e, Address out, Address codes, Address lost, Address topk_weights, i32 num_tokens,
                             Address handle) {
-  rank_of(e).launch_combine_receive({0, at<u8>(out), at<u8>(codes), at<u8>(lost), at<const float>(topk_weights)},
-                                    num_tokens, at<DeviceHandle>(handle));
+  rank_of(e).launch_combine_receive(
+      {0, pointer<u8>(out), pointer<u8>(codes), pointer<u8>(lost), pointer<const float>(topk_weights)}, num_tokens,
+      pointer<DeviceHandle>(handle));
 }
 
 // Of the device with that number, or of the machine: why windows there cannot be handed over, "" if they can.

@@ -8,6 +8,7 @@
 #include <thread>
 #include <vector>
 
+#include "bindings/address.hpp"
 #include "host/copy.hpp"
 #include "kernels/cpu/quantize.hpp"
 #include "kernels/cpu/rows.hpp"
@@ -25,13 +26,6 @@ DType dtype_named(const std::string& name) {
 }
 
 namespace {
-
-using Address = std::uintptr_t;
-
-template <class T>
-T* pointer(Address address) {
-  return reinterpret_cast<T*>(address);
-}
 
 ScaleFormat scale_format_named(const std::string& name) {
   if (name == "float32") return ScaleFormat::float32;

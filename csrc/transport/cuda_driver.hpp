@@ -13,7 +13,7 @@ namespace cuda {
 using Result = int;  // 0: well
 using Address = u64;
 using Handle = u64;
-using Context = void*;
+using DeviceContext = void*;  // not the Context of the kernels
 using Module = void*;
 using Function = void*;
 using Stream = void*;
@@ -71,8 +71,8 @@ struct Driver {
   Result (*import_handle)(Handle* handle, void* from, int type);
   Result (*name_error)(Result result, const char** name);
 
-  Result (*retain_context)(Context* context, int device) = nullptr;
-  Result (*set_context)(Context context) = nullptr;
+  Result (*retain_context)(DeviceContext* context, int device) = nullptr;
+  Result (*set_context)(DeviceContext context) = nullptr;
   Result (*finish_context)() = nullptr;
   Result (*load_module)(Module* module, const void* image) = nullptr;
   Result (*get_function)(Function* function, Module module, const char* name) = nullptr;

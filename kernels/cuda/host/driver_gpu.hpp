@@ -38,7 +38,7 @@ class DriverGpu : public Gpu {
   const Driver& driver_;
   int device_;
   i32 num_blocks_, num_threads_;
-  Context context_ = nullptr;
+  DeviceContext context_ = nullptr;
   Stream own_ = nullptr;
   Function kernels_[device::kNumKernels] = {};
   std::vector<Address> memory_;

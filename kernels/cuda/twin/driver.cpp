@@ -216,8 +216,8 @@ cuda::Driver make_driver() {
   d.export_handle = export_file;
   d.import_handle = import_file;
   d.name_error = [](Result, const char** name) { return *name = "an error of the twin's driver", 0; };
-  d.retain_context = [](cuda::Context*, int) { return 0; };
-  d.set_context = [](cuda::Context) { return 0; };
+  d.retain_context = [](cuda::DeviceContext*, int) { return 0; };
+  d.set_context = [](cuda::DeviceContext) { return 0; };
   d.finish_context = finish;
   d.load_module = [](cuda::Module*, const void*) { return 0; };
   d.get_function = get_function;
