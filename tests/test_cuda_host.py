@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache, partial
 
 import pytest
@@ -17,7 +17,7 @@ from fault_a2a._core import core
 from fault_a2a.config import Config
 from fault_a2a.errors import ClosedError
 from fault_a2a.testing.virtual import VirtualRanks
-from tests import rig, scenarios
+from tests import rig, scenarios, stall_scenarios
 from tests.apart import exit_code
 from tests.rig import Checker, Tally, Work, raised, run_checked, shown
 from tests.scenarios import Wrong, without
@@ -188,6 +188,19 @@ def in_streams() -> Iterator[None]:
 def test_guard_in_streams(guard: str) -> None:
     with in_streams():
         test_guard(guard)
+
+
+# --- what a kernel finds stalled, the host makes a suspicion of
+
+
+@pytest.mark.parametrize("chunks", [nullcontext, in_streams], ids=["rounds", "streams"])
+@pytest.mark.parametrize("backend", ["cpu", "cuda-host"])
+@pytest.mark.parametrize("scenario", [stall_scenarios.hung_in_an_older_view, stall_scenarios.stalled_without_a_quorum])
+def test_a_stall_ends_the_wait(
+    scenario: Callable[[], Wrong], backend: str, chunks: Callable[[], AbstractContextManager[None]]
+) -> None:
+    with all_on(backend), chunks():
+        assert shown(scenario) == []
 
 
 LIES = pytest.mark.parametrize("lie", ["count", "expert", "choice", "num_choices", "twice", "claims"])
