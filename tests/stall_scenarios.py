@@ -5,13 +5,15 @@ What each returns is as in tests/scenarios.py, whose groups these are.
 
 from __future__ import annotations
 
+import os
+import subprocess
 import time
 
 from fault_a2a._core import core
 from fault_a2a.buffer import Buffer
 from fault_a2a.errors import QuorumLostError
 from tests import scenarios
-from tests.rig import Checker, Tally, Work, raised, run_checked
+from tests.rig import Checker, Tally, Work, raised, run_checked, suspicions_of
 from tests.scenarios import Wrong, corrupt
 
 
@@ -79,3 +81,25 @@ def taken_back() -> Wrong:
     if not look(2600, 1):
         wrong.append("a rank that was taken back and stands still is waited for for ever")
     return wrong
+
+
+def stopped_host() -> Wrong:
+    """Rank 0 waits for rank 1, and the whole process is stopped for longer than a stall lasts. Rank 1 comes soon after.
+
+    For a process of its own. Silence and links are judged too late to matter: what is charged, a kernel charges.
+    """
+    config = scenarios.small(stall_ms=1200, silence_ms=60_000, link_ms=60_000)
+    work = Work(config, 2)
+    stop = f"sleep 0.2; kill -STOP {os.getpid()}; sleep 1.6; kill -CONT {os.getpid()}"
+    with scenarios.VirtualRanks(2, config) as ranks:
+        ranks.buffers[1].arm("dispatch.gate", 4, "sleep_us", 2_300_000)
+
+        def one(buffer: Buffer) -> Tally:
+            checker = Checker(buffer, work)
+            checker.run(3)
+            if buffer.rank == 0:
+                subprocess.Popen(["sh", "-c", stop])
+            return checker.run(3)
+
+        tallies = raised(ranks.run(one))
+        return corrupt(tallies) + [str(found) for found in suspicions_of(ranks, {0, 1})]
