@@ -56,9 +56,12 @@ def triton_switches() -> list[str]:
 
 def other_kernels(guard: str) -> str:
     """Kernels besides the CPU's in which a test takes the guard out and is red."""
-    on_the_twin = {**test_cuda_host.GUARDS, **test_guards.DEADLY}
-    found = [name for name, guards in (("CUDA's", on_the_twin), ("Triton's", triton_switches())) if guard in guards]
-    return ", ".join(found) or "-"
+    shown_in = {
+        "CUDA's": {*test_cuda_host.GUARDS, *test_cuda_host.GUARDS_APART, *test_guards.DEADLY},
+        "CUDA's streams": test_cuda_host.guards_of_streams(),
+        "Triton's": triton_switches(),
+    }
+    return ", ".join(name for name, guards in shown_in.items() if guard in guards) or "-"
 
 
 def simulated(guard: str) -> str:

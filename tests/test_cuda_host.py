@@ -5,9 +5,10 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache, partial
 
 import pytest
@@ -17,8 +18,9 @@ from fault_a2a._core import core
 from fault_a2a.config import Config
 from fault_a2a.errors import ClosedError
 from fault_a2a.testing.virtual import VirtualRanks
-from tests import rig, scenarios
+from tests import rig, scenarios, stall_scenarios
 from tests.apart import exit_code
+from tests.ballots import ROOT
 from tests.rig import Checker, Tally, Work, raised, run_checked, shown
 from tests.scenarios import Wrong, without
 from tests.test_guards import TABLE
@@ -161,8 +163,20 @@ GUARDS = {
     # Of streams.
     **dict.fromkeys(("chunk_compare", "chunk_consent"), ("cuda-host",)),
 }
-# Those that a stream's kernels ask anew, and for which it has words of its own.
-GUARDS_IN_STREAMS = ("incarnation", "view_once", "later_declined", "epoch_compare", "combine_count", "one_answer")
+# Those that a stream's kernels ask anew, for which it has words of its own, or which it asks in places of its own; with
+# what the group's settings must be. A row that was stored without consent is taken with the last chunk of its source
+# only: of a longer stream, what its source has given up is declined, and that ends it.
+GUARDS_IN_STREAMS = (
+    *("incarnation", "view_once", "later_declined", "epoch_compare", "combine_count", "one_answer"),
+    *("consent", "recheck", "tick", "claims_met"),
+)
+SETTINGS_IN_STREAMS = {
+    "consent": {"num_chunk_tokens": 15},
+    "recheck": {"num_chunk_tokens": 15},
+    "tick": {"num_max_tokens_per_rank": 24},
+}
+# Shown in a process of its own, since it is stopped meanwhile; in streams as well.
+GUARDS_APART = {"gap_restart": stall_scenarios.stopped_host}
 
 
 # Without these a call waits for seconds, here as on the CPU, where tests/test_guards.py has them.
@@ -176,8 +190,12 @@ def long_ones_slow(guards: Iterable[str]) -> pytest.MarkDecorator:
 
 @long_ones_slow(GUARDS)
 def test_guard(guard: str) -> None:
+    check_guard(guard, TABLE[guard][0])
+
+
+def check_guard(guard: str, scenario: Callable[[], Wrong]) -> None:
     """Clean with it, red without it."""
-    scenario, others = TABLE[guard]
+    others = TABLE[guard][1]
     with all_on(*GUARDS[guard]):
         with without(*others):
             assert shown(scenario) == []
@@ -186,17 +204,62 @@ def test_guard(guard: str) -> None:
 
 
 @contextmanager
-def in_streams() -> Iterator[None]:
+def in_streams(**changes: int) -> Iterator[None]:
     """The groups of tests/scenarios.py send their batches in chunks of two tokens."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scenarios, "small", partial(scenarios.small, num_chunk_tokens=2))
+        patch.setattr(scenarios, "small", partial(scenarios.small, **{"num_chunk_tokens": 2, **changes}))
         yield
 
 
 @long_ones_slow(GUARDS_IN_STREAMS)
 def test_guard_in_streams(guard: str) -> None:
-    with in_streams():
-        test_guard(guard)
+    with in_streams(**SETTINGS_IN_STREAMS.get(guard, {})):
+        check_guard(guard, unmet_claims if guard == "claims_met" else TABLE[guard][0])
+
+
+def unmet_claims() -> Wrong:
+    """As ``lying("claims")``, of dispatches that nobody answers: with the guard out a stream's liar believes itself
+    too, makes its answer to itself longer than it has asked for, and waits for room that nobody makes."""
+    config = scenarios.small(num_topk=4)
+    with scenarios.VirtualRanks(3, config, poison=True) as ranks:
+        ranks.buffers[1].core.set_faults({"lies": scenarios.LIES["claims"], "seed": 7})
+        work = Work(config, 3)
+
+        def one(buffer: rig.Buffer) -> Tally:
+            checker = Checker(buffer, work)
+            for number in range(1, 9):
+                buffer.abandon(checker.dispatch(number)[1])
+            return checker.tally
+
+        tallies = raised(ranks.run(one))
+        if not ranks.buffers[1].core.num_faults():
+            return ["no lie was told: the scenario shows nothing"]
+        return scenarios.corrupt([tallies[0], tallies[2]])
+
+
+@pytest.mark.parametrize("chunks", [nullcontext, in_streams], ids=["rounds", "streams"])
+@pytest.mark.parametrize("guard", GUARDS_APART)
+def test_guard_apart(guard: str, chunks: Callable[[], AbstractContextManager[None]]) -> None:
+    assert exit_code(partial(found_apart, guard, chunks)) == 0
+    assert any(exit_code(partial(found_apart, guard, chunks, guard)) for _ in range(3))
+
+
+def found_apart(guard: str, chunks: Callable[[], AbstractContextManager[None]], *guards_out: str) -> Wrong:
+    with all_on("cuda-host"), chunks(), without(*guards_out):
+        return shown(GUARDS_APART[guard])
+
+
+# --- what a kernel finds stalled, the host makes a suspicion of
+
+
+@pytest.mark.parametrize("chunks", [nullcontext, in_streams], ids=["rounds", "streams"])
+@pytest.mark.parametrize("backend", ["cpu", "cuda-host"])
+@pytest.mark.parametrize("scenario", [stall_scenarios.hung_in_an_older_view, stall_scenarios.stalled_without_a_quorum])
+def test_a_stall_ends_the_wait(
+    scenario: Callable[[], Wrong], backend: str, chunks: Callable[[], AbstractContextManager[None]]
+) -> None:
+    with all_on(backend), chunks():
+        assert shown(scenario) == []
 
 
 LIES = pytest.mark.parametrize("lie", ["count", "expert", "choice", "num_choices", "twice", "claims"])
@@ -212,6 +275,18 @@ def test_no_number_of_a_liar_is_believed(lie: str) -> None:
 def test_no_number_of_a_liar_is_believed_in_streams(lie: str) -> None:
     with all_on(*BOTH), in_streams():
         assert scenarios.lying(lie) == []
+
+
+def guards_of_streams() -> set[str]:
+    """Those that a test of this file takes out in streams."""
+    believed = {guard for guards, _ in BELIEVED for guard in guards}
+    return {*GUARDS_IN_STREAMS, *GUARDS_APART, *believed, "chunk_compare", "chunk_consent"}
+
+
+def test_every_guard_of_the_kernels_of_streams_is_taken_out_in_them() -> None:
+    sources = [path.read_text() for path in (ROOT / "kernels/cuda").glob("stream*.cu*")]
+    asked = {guard for text in sources for guard in re.findall(r"guarded\(guard_(\w+)\)", text)}
+    assert len(asked) > 5 and asked <= guards_of_streams()
 
 
 BELIEVED = [(("clamp_count", "check_index"), "count"), (("check_index",), "expert")]

@@ -9,12 +9,11 @@ import signal
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import pytest
 
-from tests.apart import command, main_of, started
+from tests.apart import command
 from tests.drills import ROOT, SMALL, run_drills
 from tests.test_drill_report import KEYS
 

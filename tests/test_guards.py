@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fault_a2a._core import core
-from tests import accuser_scenarios, collective_scenarios, join_scenarios, scenarios, window_scenarios
+from tests import accuser_scenarios, collective_scenarios, join_scenarios, scenarios, stall_scenarios, window_scenarios
 from tests.apart import exit_code
 from tests.ballots import WENT_WRONG, run
 from tests.rig import shown
@@ -41,6 +41,7 @@ TABLE: dict[str, tuple[Callable[[], Wrong], tuple[str, ...]]] = {
     "tick": (scenarios.waiting_longer_than_a_stall, ()),
     "beat": (scenarios.long_compute, ()),
     "gap_restart": (scenarios.everybody_slept, ()),
+    "taken_back": (stall_scenarios.taken_back, ()),
     "waited_only": (scenarios.idle_group, ()),
     "incarnation": (scenarios.foreign_incarnation, ()),
     "view_once": (scenarios.death_between_dispatch_and_combine, ()),

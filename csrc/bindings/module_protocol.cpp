@@ -2,9 +2,12 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <memory>
+
 #include "protocol/guards.hpp"
 #include "protocol/phases.hpp"
 #include "protocol/signal.hpp"
+#include "protocol/stall.hpp"
 
 namespace py = pybind11;
 
@@ -37,6 +40,13 @@ py::dict unpack_signal(u64 word) {
   return out;
 }
 
+// One look of a waiting rank at a peer, which it last looked at `looked_ns`; `epoch`: of its newest view.
+bool look_for_stall(StallWatch& watch, u64 progress, i64 now_ns, i64 looked_ns, i64 timeout_ns, u64 epoch) {
+  const auto ring = std::make_unique<ViewRing>();
+  ring->views[0].epoch = epoch;
+  return has_stalled(watch, progress, now_ns, looked_ns, timeout_ns, *ring);
+}
+
 const char* name_of(Reading reading) {
   switch (reading) {
     case Reading::absent:
@@ -61,6 +71,10 @@ void bind_protocol(py::module_& m) {
       py::arg("word"), py::arg("round"), py::arg("epoch"), py::arg("chunk") = 0);
   m.def("read_taken", [](u64 word, u64 round, u64 chunk) { return name_of(read_taken(word, round, chunk)); });
   m.def("rounds_ahead", &rounds_ahead);
+  py::class_<StallWatch>(m, "StallWatch")
+      .def(py::init([] { return StallWatch{}; }))
+      .def("has_stalled", &look_for_stall, py::kw_only(), py::arg("progress"), py::arg("now_ns"), py::arg("looked_ns"),
+           py::arg("timeout_ns"), py::arg("epoch"));
   m.def("slot_is_free", &slot_is_free);
   m.def("fresh_word", &fresh_word);
   m.def("guard_names", [] {

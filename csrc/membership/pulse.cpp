@@ -129,6 +129,16 @@ i64 Pulse::waiting_since(i32 rank) {
   return seen.at_ns;
 }
 
+// What a kernel on a CPU does itself: it suspects whom it finds stalled, and that ends its wait whatever is made of it
+// as evidence. Were the wait to go on until there is some, it would have no end behind a peer that may not come, being
+// held back, while there is no quorum.
+void Pulse::hear_stall(i32 rank) {
+  const bool is_stalled = load_acquire(&state_.stalled_in[rank]) == newest_view(state_.ring).epoch + 1;
+  if (!is_stalled || is_suspect(state_, rank)) return;
+  suspect(state_, rank);
+  ring_doorbell(own());
+}
+
 Evidence Pulse::look_at(i32 rank) {
   const ControlPage& page = *pages_[static_cast<size_t>(rank)];
   PeerSample sample;
@@ -151,8 +161,8 @@ Evidence Pulse::look_at(i32 rank) {
   const u64 kind = signal_field::Attempt::unpack(wait.word) % kNumWordKinds;
   const u64 parity = signal_field::Round::unpack(wait.word) % kNumParities;
   sample.sent = load_acquire(&page.sent[options_.agreement.rank].words[kind][parity]);
-  const bool is_stalled = load_acquire(&state_.stalled_in[rank]) == newest_view(state_.ring).epoch + 1;
-  wait.kernel_suspects = (is_suspect(state_, rank) || is_stalled) && !marked_.has(rank) &&
+  hear_stall(rank);
+  wait.kernel_suspects = is_suspect(state_, rank) && !marked_.has(rank) &&
                          !(sample.readable && is_held_back(copies_[static_cast<size_t>(rank)].promise, page, state_));
   const Timeouts timeouts{static_cast<i64>(load_relaxed(&state_.silence_ns[rank])), options_.link_ns,
                           static_cast<i64>(load_relaxed(&state_.stall_ns[rank]))};

@@ -53,6 +53,7 @@ namespace fa2a {
   X(looked_again)         /* nobody goes for an accusation that it had no time to take back    */ \
   X(late_waiters)         /* nobody goes first for a stall that others have yet to miss        */ \
   X(stall_awake)          /* whoever did not beat meanwhile did not stall                      */ \
+  X(taken_back)           /* whom a view takes back has the whole stall_ms again               */ \
   X(decided_leave)        /* a rank that left as was decided is not accused of it              */ \
   X(frozen_set)           /* what a rank has in a collective is not taken anew in a later view */ \
   X(say_epoch)            /* sets of two epochs are not counted together                       */ \

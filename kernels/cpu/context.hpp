@@ -8,6 +8,7 @@
 #include "protocol/layout.hpp"
 #include "protocol/rank_state.hpp"
 #include "protocol/round.hpp"
+#include "protocol/stall.hpp"
 #include "transport/fabric.hpp"
 #include "transport/wire.hpp"
 
@@ -78,12 +79,6 @@ struct Collective {
   RankSet has;  // whose contributions I have
   std::vector<u8> bytes;
   std::vector<u16> partitions;  // of the view it began in: nobody joins in the midst of it
-};
-
-// What a waiting rank has last seen of a peer's progress, and when it changed.
-struct StallWatch {
-  u64 progress = 0;
-  i64 since_ns = 0;
 };
 
 struct Context {

@@ -29,7 +29,8 @@ void CpuMachine::expect(i32 peer) {
   if (!kWatched) return;
   const i64 now = now_ns();
   store_relaxed(&c_.state->waiting_since_ns[peer], static_cast<u64>(now));
-  c_.stalls[static_cast<size_t>(peer)].since_ns = now;
+  StallWatch& watch = c_.stalls[static_cast<size_t>(peer)];
+  count_anew(watch, watch.progress, now);
 }
 
 void CpuMachine::expect_no_more(i32 peer) {
@@ -124,12 +125,7 @@ void CpuMachine::judge_stalls(i64 now) {
     u8* inbound = c_.fabric->inbound(partitions_[static_cast<size_t>(peer)]);
     const u64 progress = excusable(load_acquire(Context::word(inbound, c_.at.progress)));
     const i64 timeout_ns = static_cast<i64>(load_relaxed(&c_.state->stall_ns[peer]));
-    const bool slept = now - last_rest_ns_ > timeout_ns / 4 && guarded(guard_gap_restart);
-    if (progress != watch.progress || slept) {
-      watch.progress = progress;
-      watch.since_ns = now;
-    }
-    if (now - watch.since_ns >= timeout_ns) suspect(*c_.state, peer);
+    if (has_stalled(watch, progress, now, last_rest_ns_, timeout_ns, c_.state->ring)) suspect(*c_.state, peer);
   }
 }
 

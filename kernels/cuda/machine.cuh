@@ -29,8 +29,7 @@ class DeviceMachine {
     began_ns_ = last_rest_ns_ = clock_ns();
     if (peer == kNobody) return;
     store_relaxed(&r_.state->waiting_since_ns[peer], static_cast<u64>(began_ns_));
-    seen_ = progress_of(peer);
-    seen_ns_ = began_ns_;
+    count_anew(watch_, progress_of(peer), began_ns_);
   }
 
   FA2A_DEVICE void end(i32 peer) {
@@ -51,7 +50,7 @@ class DeviceMachine {
     const i64 now = clock_ns();
     if (peer != kNobody) {
       show_word_of(peer, now);
-      judge_stall(peer, now);
+      judge_stall(peer, now, last_rest_ns_, watch_);
     }
     last_rest_ns_ = now;
     tick(now);
@@ -87,16 +86,10 @@ class DeviceMachine {
 
   // Peers push their progress into my window, so this reads local memory only. The host's thread makes a suspicion of
   // what is said here, and that ends the wait.
-  FA2A_DEVICE void judge_stall(i32 peer, i64 now) {
-    const u64 progress = progress_of(peer);
+  FA2A_DEVICE void judge_stall(i32 peer, i64 now, i64 looked_ns, StallWatch& watch) {
     const i64 timeout_ns = static_cast<i64>(load_relaxed(&r_.state->stall_ns[peer]));
-    const bool slept = now - last_rest_ns_ > timeout_ns / 4 && guarded(guard_gap_restart);
-    if (progress != seen_ || slept) {
-      seen_ = progress;
-      seen_ns_ = now;
-    }
-    if (now - seen_ns_ < timeout_ns) return;
-    store_release(&r_.state->stalled_in[peer], r_.rounds[round_ % kNumParities].epoch + 1);
+    if (has_stalled(watch, progress_of(peer), now, looked_ns, timeout_ns, r_.state->ring))
+      store_release(&r_.state->stalled_in[peer], watch.held_in);
   }
 
   // One tick a rank, by whichever waiting thread comes first.
@@ -116,8 +109,7 @@ class DeviceMachine {
   i64 began_ns_ = 0;
   i64 last_rest_ns_ = 0;
   i64 looked_from_ns_ = 0;  // 0: the watcher is not shown my word
-  u64 seen_ = 0;
-  i64 seen_ns_ = 0;
+  StallWatch watch_{};
 };
 
 // One look of a wait is many looks at my own memory: the host's words, which wait_for reads between two calls of this,

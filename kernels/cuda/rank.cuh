@@ -6,6 +6,7 @@
 #include "kernels/cuda/device.cuh"
 #include "kernels/verbs.hpp"
 #include "protocol/control_page.hpp"
+#include "protocol/stall.hpp"
 
 namespace fa2a {
 namespace device {
@@ -38,8 +39,7 @@ struct StreamIn {
 
 // What a waiting thread has last seen of a peer's progress.
 struct SeenProgress {
-  u64 progress;
-  i64 since_ns;   // it has not changed
+  StallWatch watch;
   i64 looked_ns;  // when it was last looked at
   i64 began_ns;   // the wait
 };

@@ -237,18 +237,13 @@ class StreamMachine : public DeviceMachine {
   FA2A_DEVICE void expect(i32 peer) {
     const i64 now = clock_ns();
     store_relaxed(&r_.state->waiting_since_ns[peer], static_cast<u64>(now));
-    words_.round.seen[peer] = {progress_of(peer), now, now, now};
+    words_.round.seen[peer] = {{progress_of(peer), now, 0}, now, now};
   }
 
  private:
   FA2A_DEVICE void judge(i32 peer, i64 now) {
     SeenProgress& seen = words_.round.seen[peer];
-    seen_ = seen.progress;
-    seen_ns_ = seen.since_ns;
-    last_rest_ns_ = seen.looked_ns;
-    judge_stall(peer, now);
-    seen.progress = seen_;
-    seen.since_ns = seen_ns_;
+    judge_stall(peer, now, seen.looked_ns, seen.watch);
     seen.looked_ns = now;
   }
 
