@@ -14,7 +14,7 @@ from tests.processes import Here, Ranks, Report
 
 SILENCE_MS = 300
 _LATE_S = 0.45  # whoever is waited for for so long must have beaten, and has
-# In `first_to_miss`: the others come to wait later than FIRST by more than three settle times, less than stall_ms / 4.
+# In `first_to_miss`: the others come to wait later than FIRST by more than three settle times, less than stall_ms / 2.
 STALL_MS, LATE, FIRST = 2000, (2, 4, 6), (1, 3)
 _LATE_ROUND, _SPREAD_S = 4, 0.28
 _EVERY = 3  # round, a new accusation

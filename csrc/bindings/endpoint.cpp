@@ -162,7 +162,7 @@ void Endpoint::start_pulse(const Decision& first, bool joining) {
   options.agreement.num_ranks = config_.shape.num_ranks;
   options.agreement.num_partitions = num_partitions(config_.shape);
   options.agreement.settle_ns = config_.settle_ms * kNsPerMs;
-  options.agreement.patience_ns = config_.stall_ms * kNsPerMs / 4;
+  options.agreement.patience_ns = std::min(config_.stall_ms, config_.agreement_timeout_ms) * kNsPerMs / 2;
   options.agreement.timeout_ns = config_.agreement_timeout_ms * kNsPerMs;
   options.agreement.host_of = config_.host_of;
   options.agreement.by_windows = config_.agree_by_windows;
