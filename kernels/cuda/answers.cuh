@@ -1,4 +1,5 @@
-// One row on its way back to its owner: as an expert wrote it, or the sum of a token's rows here. By a block.
+// Rows on their way back to their owners, one by one: as an expert wrote it, or the sum of a token's rows here. By a
+// block.
 #pragma once
 
 #include "kernels/cuda/rows.cuh"
@@ -8,6 +9,19 @@ namespace device {
 
 FA2A_DEVICE u8* answer_slot(const DeviceRank& r, const DeviceRound& round, i32 owner, i32 slot) {
   return r.outbound[owner] + r.at.combine_rows[parity_of(round)] + r.at.combine_stride * static_cast<u64>(slot);
+}
+
+FA2A_DEVICE i32 num_answers_to(const DeviceRank& r, const DeviceRound& round, i32 owner) {
+  return r.shape.reduce_at_expert ? round.num_rows_from[owner] : round.num_choices_from[owner];
+}
+
+// A round that was never received, or whose experts failed: nobody is answered with rows, and everybody is told. By the
+// block.
+FA2A_DEVICE void give_up(DeviceRank& r, DeviceRound& round, bool was_received) {
+  if (thread_idx() == 0) round.taken = RankSet();
+  for (i32 peer = thread_idx(); peer < r.shape.num_ranks && !was_received; peer += num_threads())
+    if (round.active.has(peer)) refuse(r, round, Verb::dispatch, peer);
+  sync_block();
 }
 
 FA2A_DEVICE const u8* expert_row(const DeviceRank& r, const u8* y, const Received& row) {

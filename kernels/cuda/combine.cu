@@ -23,33 +23,17 @@ FA2A_DEVICE void return_sums(DeviceRank& r, const DeviceRound& round, const u8* 
     return_sum(r, round, y, owner, row, row, list);
 }
 
-// Tells every active peer, a thread a peer. A source that was not taken, and any suspect, gets `declined`: without it
+// Tells every active peer. A source that was not taken, and any suspect, gets `declined`: without it
 // the source would wait for ever, and its rows would never be free again.
 FA2A_DEVICE void signal_answers(DeviceRank& r, const DeviceRound& round) {
-  const i32 n = r.shape.num_ranks;
-  for (i32 half = 0; half < 2; ++half) {
-    const i32 first = half == 0 ? 1 : n / 2 + 1, last = half == 0 ? n / 2 : n;
-    if (half == 1 && thread_idx() == 0) point(r.host, Point::combine_half_signalled, round.round);
-    sync_block();
-    for (i32 step = first + thread_idx(); step <= last; step += num_threads()) {
-      const i32 owner = (r.rank + step) % n;
-      const bool answered = round.taken.has(owner) && !round.shunned.has(owner);
-      if (!answered && !(round.active.has(owner) && guarded(guard_one_answer))) continue;
-      const i32 count = r.shape.reduce_at_expert ? round.num_rows_from[owner] : round.num_choices_from[owner];
-      if (answered) point(r.host, Point::combine_chunk, round.round);
-      signal(r, round, Verb::combine, owner, answered ? static_cast<u64>(count) : 0, !answered);
-    }
-    sync_block();
-  }
+  tell_peers(r, round, Point::combine_half_signalled, [&](i32 owner) {
+    const bool answered = round.taken.has(owner) && !round.shunned.has(owner);
+    if (!answered && !(round.active.has(owner) && guarded(guard_one_answer))) return;
+    const i32 count = num_answers_to(r, round, owner);
+    if (answered) point(r.host, Point::combine_chunk, round.round);
+    signal(r, round, Verb::combine, owner, answered ? static_cast<u64>(count) : 0, !answered);
+  });
   if (thread_idx() == 0) point(r.host, Point::combine_signalled, round.round);
-}
-
-// A round that was never received, or whose experts failed: nobody is answered with rows, and everybody is told.
-FA2A_DEVICE void give_up(DeviceRank& r, DeviceRound& round, bool was_received) {
-  if (thread_idx() == 0) round.taken = RankSet();
-  for (i32 peer = thread_idx(); peer < r.shape.num_ranks && !was_received; peer += num_threads())
-    if (round.active.has(peer)) refuse(r, round, Verb::dispatch, peer);
-  sync_block();
 }
 
 // Any number of blocks; one where the round is given up.
@@ -79,9 +63,7 @@ FA2A_KERNEL combine_answer(DeviceRank* rank, AnswerArgs args, const DeviceHandle
     round.active = newest_view(r.state->ring).active;
   sync_block();
   signal_answers(r, round);
-  enter(r, round.round, Phase::caller);
-  sync_block();
-  if (thread_idx() == 0) set_step(round, Step::answered);
+  end_half(r, round, Phase::caller, Step::answered);
 }
 
 }  // namespace device

@@ -152,24 +152,16 @@ FA2A_DEVICE void list_places(const DeviceRank& r, const DeviceRound& round, i32 
   }
 }
 
-// Tells every active peer, a thread a peer, in two halves between which the test build can fail.
+// Tells every active peer.
 FA2A_DEVICE void signal_rows(DeviceRank& r, const DeviceRound& round) {
-  const i32 n = r.shape.num_ranks;
   if (thread_idx() == 0) point(r.host, Point::dispatch_rows_sent, round.round);
   sync_block();
-  for (i32 half = 0; half < 2; ++half) {
-    const i32 first = half == 0 ? 1 : n / 2 + 1, last = half == 0 ? n / 2 : n;
-    if (half == 1 && thread_idx() == 0) point(r.host, Point::dispatch_half_signalled, round.round);
-    sync_block();
-    for (i32 step = first + thread_idx(); step <= last; step += num_threads()) {
-      const i32 dst = (r.rank + step) % n;
-      if (!round.active.has(dst)) continue;
-      const bool opened = round.opened.has(dst);
-      if (opened) point(r.host, Point::dispatch_chunk, round.round);
-      signal(r, round, Verb::dispatch, dst, opened ? static_cast<u64>(round.rows_to[dst]) : 0, !opened);
-    }
-    sync_block();
-  }
+  tell_peers(r, round, Point::dispatch_half_signalled, [&](i32 dst) {
+    if (!round.active.has(dst)) return;
+    const bool opened = round.opened.has(dst);
+    if (opened) point(r.host, Point::dispatch_chunk, round.round);
+    signal(r, round, Verb::dispatch, dst, opened ? static_cast<u64>(round.rows_to[dst]) : 0, !opened);
+  });
   if (thread_idx() == 0) point(r.host, Point::dispatch_signalled, round.round);
 }
 
@@ -192,9 +184,7 @@ FA2A_KERNEL dispatch_send(DeviceRank* rank, SendArgs args, const DeviceHandle* h
   }
   if (!is_last_block(round, shared.is_last)) return;
   signal_rows(r, round);
-  enter(r, round.round, Phase::caller);
-  sync_block();
-  if (thread_idx() == 0) set_step(round, Step::sent);
+  end_half(r, round, Phase::caller, Step::sent);
 }
 
 }  // namespace device

@@ -94,19 +94,10 @@ FA2A_KERNEL dispatch_collect(DeviceRank* rank, ReceivedTensors out, DeviceHandle
   if (thread_idx() == 0) set_step(round, Step::collected);
 }
 
-// Copies rows out of the window, a warp a choice.
+// Copies rows out of the window.
 FA2A_DEVICE void copy_rows(DeviceRank& r, const DeviceRound& round, const ReceivedTensors& out) {
-  const i32 first = block_idx() * num_warps() + warp(), stride = num_blocks() * num_warps();
-  for (i32 src = 0; src < r.shape.num_ranks; ++src) {
-    if (!round.taken.has(src)) continue;
-    const u8* rows = inbound(r, round, src) + r.at.dispatch_rows[parity_of(round)];
-    const Received* received = round.received + static_cast<i64>(src) * r.received_stride();
-    const i32 count = round.num_choices_from[src];
-    for (i32 i = first; i < count; i += stride) {
-      if (lane() == 0 && 4 * (i + 1) >= count) point(r.host, Point::dispatch_copy, round.round);
-      copy_out(r, out, rows + r.at.dispatch_stride * static_cast<u64>(received[i].src_row), received[i]);
-    }
-  }
+  for (i32 src = 0; src < r.shape.num_ranks; ++src)
+    if (round.taken.has(src)) copy_choices</*kStreamed=*/false>(r, round, out, src, 0, round.num_choices_from[src]);
 }
 
 // A word that moved while its rows were copied was stored without consent: the rows may be torn.
@@ -166,11 +157,8 @@ FA2A_KERNEL dispatch_expand(DeviceRank* rank, ReceivedTensors out, const DeviceH
     ++r.stats.num_rounds;
     point(r.host, Point::dispatch_chunk_taken, round.round);
   }
-  enter(r, round.round, Phase::caller);
-  sync_block();
-  if (thread_idx() != 0) return;
-  set_step(round, Step::received);
-  point(r.host, Point::dispatch_taken, round.round);
+  end_half(r, round, Phase::caller, Step::received);
+  if (thread_idx() == 0) point(r.host, Point::dispatch_taken, round.round);
 }
 
 }  // namespace device

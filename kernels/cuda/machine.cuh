@@ -20,6 +20,31 @@ FA2A_DEVICE void show(DeviceRank& r, u64 round, Phase phase, i32 first_peer, i32
 
 FA2A_DEVICE void enter(DeviceRank& r, u64 round, Phase phase) { show(r, round, phase, thread_idx(), num_threads()); }
 
+// The end of a half: where this rank is, shown to all, and then how far the round has come. By the block.
+FA2A_DEVICE void end_half(DeviceRank& r, DeviceRound& round, Phase phase, Step step) {
+  enter(r, round.round, phase);
+  sync_block();
+  if (thread_idx() == 0) set_step(round, step);
+}
+
+FA2A_DEVICE void close_round(DeviceRank& r, DeviceRound& round) {
+  end_half(r, round, Phase::closed, Step::closed);
+  if (thread_idx() == 0) point(r.host, Point::combine_closed, round.round);
+}
+
+// Tells all peers, a thread a peer, in two halves between which the test build can fail. By the block.
+template <class Tell>
+FA2A_DEVICE void tell_peers(DeviceRank& r, const DeviceRound& round, Point half_told, Tell tell) {
+  const i32 n = r.shape.num_ranks;
+  for (i32 half = 0; half < 2; ++half) {
+    const i32 first = half == 0 ? 1 : n / 2 + 1, last = half == 0 ? n / 2 : n;
+    if (half == 1 && thread_idx() == 0) point(r.host, half_told, round.round);
+    sync_block();
+    for (i32 step = first + thread_idx(); step <= last; step += num_threads()) tell((r.rank + step) % n);
+    sync_block();
+  }
+}
+
 class DeviceMachine {
  public:
   FA2A_DEVICE DeviceMachine(DeviceRank& r, u64 round, Phase phase, WordKind kind)

@@ -16,6 +16,21 @@ FA2A_DEVICE void copy_out(const DeviceRank& r, const ReceivedTensors& out, const
   if (out.recv_weights != nullptr && lane() == 0) out.recv_weights[position] = to.weight;
 }
 
+// Copies `count` choices of a source out of the window, those behind the first `before`, by all blocks, a warp a
+// choice.
+template <bool kStreamed>
+FA2A_DEVICE void copy_choices(DeviceRank& r, const DeviceRound& round, const ReceivedTensors& out, i32 src, i32 before,
+                              i32 count) {
+  const u8* rows = inbound(r, round, src) + r.at.dispatch_rows[parity_of(round)];
+  const Received* received = round.received + static_cast<i64>(src) * r.received_stride() + before;
+  for (i32 i = block_idx() * num_warps() + warp(); i < count; i += num_blocks() * num_warps()) {
+    if (lane() == 0 && 4 * (i + 1) >= count) point(r.host, Point::dispatch_copy, round.round);
+    const i32 row = received[i].src_row;
+    const auto slot = static_cast<u64>(kStreamed ? slot_of(row, r.at.num_dispatch_rows) : row);
+    copy_out(r, out, rows + r.at.dispatch_stride * slot, received[i]);
+  }
+}
+
 // Rows of the sources that are left move up, one behind the other, and never over one that still has to move.
 FA2A_DEVICE void move_rows(const DeviceRank& r, const ReceivedTensors& out, i32 to, i32 from, i32 num_rows) {
   for (i32 row = 0; row < num_rows; ++row) {

@@ -44,55 +44,35 @@ FA2A_KERNEL combine_gather(DeviceRank* rank, GatherArgs args, DeviceHandle* hand
     if (thread_idx() == 0) set_step(round, Step::gathered);
     return;
   }
-  enter(r, round.round, Phase::closed);
-  sync_block();
-  if (thread_idx() != 0) return;
-  if (is_released != 0) handle->ended = released_status(*r.state);
-  set_step(round, Step::closed);
-  point(r.host, Point::combine_closed, round.round);
+  if (is_released != 0 && thread_idx() == 0) handle->ended = released_status(*r.state);
+  close_round(r, round);
 }
 
 struct ReduceShared {
   RowList list;
   u32 is_last;
   u32 num_changed;
-  u32 num_lost;
-  u32 num_unroutable;
+  OutcomeCounts counts;
 };
 
-// A word that moved since it was noted: its writer stored without consent, and its rows may be torn. By the block; true
-// if there was one.
-FA2A_DEVICE bool withdraw_changed_holders(DeviceRank& r, DeviceRound& round, u32& num_changed) {
-  if (thread_idx() == 0) num_changed = 0;
-  sync_block();
-  for (i32 dst = thread_idx(); dst < r.shape.num_ranks; dst += num_threads()) {
-    if (!round.answered.has(dst) || !guarded(guard_recheck)) continue;
-    if (load_signal(r, round, Verb::combine, dst) == round.words[dst]) continue;
-    fetch_and(&round.answered.words[dst / 64], ~(1ull << (dst % 64)));
-    refuse(r, round, Verb::combine, dst);
-    atomic_add(&num_changed, 1);
-  }
-  sync_block();
-  const bool changed = num_changed != 0;
-  if (thread_idx() == 0) r.stats.num_rechecks += num_changed;
-  sync_block();
-  return changed;
+// True: it was withdrawn. By one thread.
+FA2A_DEVICE bool withdraw_answer(DeviceRank& r, DeviceRound& round, i32 dst) {
+  if (!round.answered.has(dst) || load_signal(r, round, Verb::combine, dst) == round.words[dst]) return false;
+  fetch_and(&round.answered.words[dst / 64], ~(1ull << (dst % 64)));
+  refuse(r, round, Verb::combine, dst);
+  return true;
 }
 
-FA2A_DEVICE void count_losses(DeviceRank& r, DeviceRound& round, const ReduceTensors& to, ReduceShared& shared) {
-  if (thread_idx() == 0) shared.num_lost = shared.num_unroutable = 0;
+FA2A_DEVICE void count_losses(DeviceRank& r, DeviceRound& round, const ReduceTensors& to, OutcomeCounts& counts) {
+  if (thread_idx() == 0) counts = OutcomeCounts{};
   sync_block();
   const i64 num_choices = static_cast<i64>(round.num_tokens) * r.shape.num_topk;
-  for (i64 i = thread_idx(); i < num_choices; i += num_threads()) {
-    if (to.codes[i] == static_cast<u8>(Outcome::lost)) atomic_add(&shared.num_lost, 1);
-    if (to.codes[i] == static_cast<u8>(Outcome::unroutable)) atomic_add(&shared.num_unroutable, 1);
-  }
+  for (i64 i = thread_idx(); i < num_choices; i += num_threads()) count_outcome(to.codes[i], counts);
   sync_block();
   if (thread_idx() != 0) return;
-  round.num_lost = shared.num_lost;
-  add_to(r.stats.num_lost, shared.num_lost);
-  add_to(r.stats.num_unroutable, shared.num_unroutable);
-  *to.lost = shared.num_lost > 0 ? 1 : 0;
+  note_outcomes(r, counts);
+  round.num_lost = counts.num_lost;
+  *to.lost = counts.num_lost > 0 ? 1 : 0;
 }
 
 // A round that never began here, or that the host ended: nothing came back, and a replayed graph says so instead of
@@ -122,17 +102,13 @@ FA2A_KERNEL combine_reduce(DeviceRank* rank, ReduceTensors to, const DeviceHandl
   if (!is_last_block(round, shared.is_last)) return;
   // At most once a holder: whoever is withdrawn stays so.
   for (i32 again = 0; again < r.shape.num_ranks; ++again) {
-    if (!withdraw_changed_holders(r, round, shared.num_changed)) break;
+    if (!withdraw_changed(r, shared.num_changed, [&](i32 dst) { return withdraw_answer(r, round, dst); })) break;
     for (i32 token = 0; token < round.num_tokens; ++token)
       sum_token</*kStreamed=*/false>(r, round, token, to, shared.list);
   }
-  count_losses(r, round, to, shared);
+  count_losses(r, round, to, shared.counts);
   if (thread_idx() == 0) point(r.host, Point::combine_chunk_taken, round.round);
-  enter(r, round.round, Phase::closed);
-  sync_block();
-  if (thread_idx() != 0) return;
-  set_step(round, Step::closed);
-  point(r.host, Point::combine_closed, round.round);
+  close_round(r, round);
 }
 
 }  // namespace device

@@ -124,7 +124,8 @@ FA2A_DEVICE void signal_moving(DeviceRank& r, DeviceRound& round, Verb verb, i32
   out.is_open = out.next_chunk < out.num_chunks ? 1 : 0;
 }
 
-// Tells every active peer of the first chunks, a thread a peer, in two halves between which the test build can fail.
+// Tells every active peer of the first chunks, as tell_peers does; not by it, since a thread that has all of this to do
+// in there takes ten more registers on sm_100a.
 template <class NumRows>
 FA2A_DEVICE void signal_first_chunks(DeviceRank& r, DeviceRound& round, Verb verb, Point half_signalled,
                                      NumRows num_rows) {

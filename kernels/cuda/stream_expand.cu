@@ -215,19 +215,11 @@ FA2A_KERNEL stream_collect(DeviceRank* rank, ReceivedTensors out, DeviceHandle* 
   set_step(round, handle->ended == Status::closed ? Step::sent : Step::closed);
 }
 
-// Copies rows out of the window, a warp a choice.
+// Copies rows out of the window.
 FA2A_DEVICE void copy_chunks(DeviceRank& r, const DeviceRound& round, const ReceivedTensors& out) {
-  const i32 first = block_idx() * num_warps() + warp(), stride = num_blocks() * num_warps();
   for (i32 src = 0; src < r.shape.num_ranks; ++src) {
     const StreamIn& in = round.in[src];
-    if (in.is_moving == 0) continue;
-    const u8* rows = inbound(r, round, src) + r.at.dispatch_rows[parity_of(round)];
-    const Received* received = round.received + static_cast<i64>(src) * r.received_stride() + in.num_choices;
-    for (i32 i = first; i < in.moving_choices; i += stride) {
-      if (lane() == 0 && 4 * (i + 1) >= in.moving_choices) point(r.host, Point::dispatch_copy, round.round);
-      const auto slot = static_cast<u64>(slot_of(received[i].src_row, r.at.num_dispatch_rows));
-      copy_out(r, out, rows + r.at.dispatch_stride * slot, received[i]);
-    }
+    if (in.is_moving != 0) copy_choices</*kStreamed=*/true>(r, round, out, src, in.num_choices, in.moving_choices);
   }
 }
 
@@ -279,11 +271,8 @@ FA2A_KERNEL stream_expand(DeviceRank* rank, ReceivedTensors out, const DeviceHan
   if (round.has_gaps != 0) close_gaps(r, round, out);
   publish_counts(r, round, out);
   if (thread_idx() == 0) ++r.stats.num_rounds;
-  enter(r, round.round, Phase::caller);
-  sync_block();
-  if (thread_idx() != 0) return;
-  set_step(round, Step::received);
-  point(r.host, Point::dispatch_taken, round.round);
+  end_half(r, round, Phase::caller, Step::received);
+  if (thread_idx() == 0) point(r.host, Point::dispatch_taken, round.round);
 }
 
 }  // namespace device

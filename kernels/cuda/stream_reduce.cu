@@ -118,20 +118,15 @@ FA2A_KERNEL stream_gather(DeviceRank* rank, GatherArgs args, DeviceHandle* handl
   }
   if (goes_on) return note_awaited(words, Phase::combine_wait);
   expect_nobody(r, round);
-  enter(r, round.round, Phase::closed);
-  sync_block();
-  if (thread_idx() != 0) return;
-  handle->ended = released_status(*r.state);
-  set_step(round, Step::closed);
-  point(r.host, Point::combine_closed, round.round);
+  if (thread_idx() == 0) handle->ended = released_status(*r.state);
+  close_round(r, round);
 }
 
 struct ReduceChunksShared {
   RowList list;
   u32 is_last;
   u32 num_changed;
-  u32 num_lost;
-  u32 num_unroutable;
+  OutcomeCounts counts;
   u32 num_unfinished;
 };
 
@@ -141,38 +136,29 @@ FA2A_DEVICE void sum_batch(const DeviceRank& r, const DeviceRound& round, const 
     sum_token</*kStreamed=*/true>(r, round, token, to, list);
 }
 
-// A word that moved since its chunk was noted: its writer stored without consent, and its rows may be torn. What is
-// summed already was looked at in its turn; the rest of the chunk counts no more. By the block; true if there was one.
-FA2A_DEVICE bool withdraw_changed_chunks(DeviceRank& r, DeviceRound& round, u32& num_changed) {
-  if (thread_idx() == 0) num_changed = 0;
-  sync_block();
-  for (i32 dst = thread_idx(); dst < r.shape.num_ranks && guarded(guard_recheck); dst += num_threads()) {
-    StreamIn& in = round.in[dst];
-    for (i32 chunk = in.num_summed / r.at.num_combine_rows; chunk < in.next_chunk; ++chunk) {
-      const u64 noted = in.words[static_cast<u32>(chunk) % kNumHalves];
-      if (load_chunk(r, round, Verb::combine, dst, chunk) == noted) continue;
-      const i32 whole = chunk * r.at.num_combine_rows;
-      in.num_rows = whole > in.num_summed ? whole : in.num_summed;
-      in.next_chunk = chunk;
-      end_stream(r, round, Verb::combine, dst, Flow::out, r.shape.hidden_bytes);
-      atomic_add(&num_changed, 1);
-    }
+// What is summed already was looked at in its turn; the rest of a chunk that changed counts no more. True: it was
+// withdrawn. By one thread.
+FA2A_DEVICE bool withdraw_chunks(DeviceRank& r, DeviceRound& round, i32 dst) {
+  StreamIn& in = round.in[dst];
+  for (i32 chunk = in.num_summed / r.at.num_combine_rows; chunk < in.next_chunk; ++chunk) {
+    const u64 noted = in.words[static_cast<u32>(chunk) % kNumHalves];
+    if (load_chunk(r, round, Verb::combine, dst, chunk) == noted) continue;
+    const i32 whole = chunk * r.at.num_combine_rows;
+    in.num_rows = whole > in.num_summed ? whole : in.num_summed;
+    in.next_chunk = chunk;
+    end_stream(r, round, Verb::combine, dst, Flow::out, r.shape.hidden_bytes);
+    return true;
   }
-  sync_block();
-  const bool changed = num_changed != 0;
-  if (thread_idx() == 0) r.stats.num_rechecks += num_changed;
-  sync_block();
-  return changed;
+  return false;
 }
 
 // What became of the choices of the batch, and how far it has read each answer. By the block.
-FA2A_DEVICE void count_batch(DeviceRank& r, DeviceRound& round, const ReduceTensors& to, ReduceChunksShared& shared) {
-  if (thread_idx() == 0) shared.num_lost = shared.num_unroutable = 0;
+FA2A_DEVICE void count_batch(DeviceRank& r, DeviceRound& round, const ReduceTensors& to, OutcomeCounts& counts) {
+  if (thread_idx() == 0) counts = OutcomeCounts{};
   sync_block();
   const i64 k = r.shape.num_topk;
   for (i64 i = round.next_token * k + thread_idx(); i < round.end_token * k; i += num_threads()) {
-    if (to.codes[i] == static_cast<u8>(Outcome::lost)) atomic_add(&shared.num_lost, 1);
-    if (to.codes[i] == static_cast<u8>(Outcome::unroutable)) atomic_add(&shared.num_unroutable, 1);
+    count_outcome(to.codes[i], counts);
     const i32 dst = round.dst_rank[i];
     bool has_row = dst >= 0;  // reduce="expert": one row a token, whichever choices it sums
     for (i64 before = i - i % k; before < i && has_row && r.shape.reduce_at_expert; ++before)
@@ -181,9 +167,8 @@ FA2A_DEVICE void count_batch(DeviceRank& r, DeviceRound& round, const ReduceTens
   }
   sync_block();
   if (thread_idx() != 0) return;
-  round.num_lost += shared.num_lost;
-  add_to(r.stats.num_lost, shared.num_lost);
-  add_to(r.stats.num_unroutable, shared.num_unroutable);
+  note_outcomes(r, counts);
+  round.num_lost += counts.num_lost;
   round.next_token = round.end_token;
 }
 
@@ -212,7 +197,7 @@ FA2A_KERNEL stream_reduce(DeviceRank* rank, ReduceTensors to, const DeviceHandle
   if (!is_last_block(round, shared.is_last)) return;
   // At most once a holder: whoever is withdrawn stays so.
   for (i32 again = 0; again < r.shape.num_ranks && has_batch; ++again) {
-    if (!withdraw_changed_chunks(r, round, shared.num_changed)) break;
+    if (!withdraw_changed(r, shared.num_changed, [&](i32 dst) { return withdraw_chunks(r, round, dst); })) break;
     sum_batch(r, round, to, shared.list, 0, 1);
   }
   if (thread_idx() == 0) {
@@ -220,7 +205,7 @@ FA2A_KERNEL stream_reduce(DeviceRank* rank, ReduceTensors to, const DeviceHandle
     if (has_batch || round.num_tokens == 0) point(r.host, Point::combine_chunk_taken, round.round);
   }
   sync_block();
-  if (has_batch) count_batch(r, round, to, shared);
+  if (has_batch) count_batch(r, round, to, shared.counts);
   sync_block();
   for (i32 peer = thread_idx(); peer < r.shape.num_ranks; peer += num_threads()) {
     give_back(r, round, peer);
@@ -231,11 +216,7 @@ FA2A_KERNEL stream_reduce(DeviceRank* rank, ReduceTensors to, const DeviceHandle
   if (shared.num_unfinished != 0 || round.next_token < round.num_tokens) return;
   expect_nobody(r, round);
   if (thread_idx() == 0 && to.lost != nullptr) *to.lost = round.num_lost > 0 ? 1 : 0;
-  enter(r, round.round, Phase::closed);
-  sync_block();
-  if (thread_idx() != 0) return;
-  set_step(round, Step::closed);
-  point(r.host, Point::combine_closed, round.round);
+  close_round(r, round);
 }
 
 }  // namespace device

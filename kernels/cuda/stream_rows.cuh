@@ -55,10 +55,6 @@ FA2A_DEVICE void store_dispatch_chunks(DeviceRank& r, const DeviceRound& round, 
   }
 }
 
-FA2A_DEVICE i32 num_answers_to(const DeviceRank& r, const DeviceRound& round, i32 owner) {
-  return r.shape.reduce_at_expert ? round.num_rows_from[owner] : round.num_choices_from[owner];
-}
-
 FA2A_DEVICE void store_answer_chunks(DeviceRank& r, const DeviceRound& round, RowList& list) {
   for (i32 step = 1; step <= r.shape.num_ranks; ++step) {
     const i32 owner = (r.rank + step) % r.shape.num_ranks;

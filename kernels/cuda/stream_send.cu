@@ -45,19 +45,7 @@ FA2A_KERNEL stream_send_rows(DeviceRank* rank, SendArgs, const DeviceHandle* han
   signal_first_chunks(r, round, Verb::dispatch, Point::dispatch_half_signalled,
                       [&](i32 dst) { return round.rows_to[dst]; });
   if (thread_idx() == 0) point(r.host, Point::dispatch_signalled, round.round);
-  enter(r, round.round, Phase::caller);
-  sync_block();
-  if (thread_idx() == 0) set_step(round, Step::sent);
-}
-
-// A round that was never received, or whose experts failed: nobody is answered with rows, and nobody waits for my
-// chunks or for my `taken`. By the block.
-FA2A_DEVICE void give_up_dispatch(DeviceRank& r, DeviceRound& round, bool was_received) {
-  if (thread_idx() == 0) round.taken = RankSet();
-  if (!was_received) stop_streams(r, round, Verb::dispatch);
-  for (i32 peer = thread_idx(); peer < r.shape.num_ranks && !was_received; peer += num_threads())
-    if (round.active.has(peer)) refuse(r, round, Verb::dispatch, peer);
-  sync_block();
+  end_half(r, round, Phase::caller, Step::sent);
 }
 
 // Opens this rank's streams of answers. A source that was not taken, and any suspect, gets `declined`. One block.
@@ -74,7 +62,9 @@ FA2A_KERNEL stream_open_answers(DeviceRank* rank, AnswerArgs args, const DeviceH
   }
   enter(r, round.round, Phase::combine_send);
   sync_block();
-  if (args.abandon) give_up_dispatch(r, round, received != nullptr);
+  // Of a dispatch that was never received nobody waits for my chunks, nor for my `taken`.
+  if (args.abandon && received == nullptr) stop_streams(r, round, Verb::dispatch);
+  if (args.abandon) give_up(r, round, received != nullptr);
   for (i32 owner = thread_idx(); owner < r.shape.num_ranks; owner += num_threads()) {
     const bool answered = round.taken.has(owner) && !is_suspect(*r.state, owner);
     open_stream(round.out[owner], answered ? num_chunks_of(num_answers_to(r, round, owner), r.at.num_combine_rows) : 0);
@@ -102,9 +92,7 @@ FA2A_KERNEL stream_send_answers(DeviceRank* rank, AnswerArgs, const DeviceHandle
   signal_first_chunks(r, round, Verb::combine, Point::combine_half_signalled,
                       [&](i32 owner) { return num_answers_to(r, round, owner); });
   if (thread_idx() == 0) point(r.host, Point::combine_signalled, round.round);
-  enter(r, round.round, Phase::caller);
-  sync_block();
-  if (thread_idx() == 0) set_step(round, Step::answered);
+  end_half(r, round, Phase::caller, Step::answered);
 }
 
 }  // namespace device

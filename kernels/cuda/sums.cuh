@@ -1,4 +1,4 @@
-// The sum of one token's rows that came back, and what became of each of its choices: by a block.
+// Sums of rows that came back, what became of each choice, and whose rows moved meanwhile: by a block.
 #pragma once
 
 #include "kernels/cuda/rows.cuh"
@@ -80,6 +80,36 @@ FA2A_DEVICE void sum_token(const DeviceRank& r, const DeviceRound& round, i32 to
   sync_block();
   sum_rows<StoreHere>(r, to.out + static_cast<u64>(r.shape.hidden_bytes) * static_cast<u64>(token), list);
   sync_block();  // the list is made anew
+}
+
+// Whose word moved since it was noted: its writer stored without consent, and its rows may be torn. `withdraws(holder)`
+// looks, by one thread, and takes such a one back. By the block; true if there was one, and sums must be made again.
+template <class Withdraws>
+FA2A_DEVICE bool withdraw_changed(DeviceRank& r, u32& num_changed, Withdraws withdraws) {
+  if (thread_idx() == 0) num_changed = 0;
+  sync_block();
+  for (i32 dst = thread_idx(); dst < r.shape.num_ranks && guarded(guard_recheck); dst += num_threads())
+    if (withdraws(dst)) atomic_add(&num_changed, 1);
+  sync_block();
+  const bool changed = num_changed != 0;
+  if (thread_idx() == 0) r.stats.num_rechecks += num_changed;
+  sync_block();
+  return changed;
+}
+
+struct OutcomeCounts {
+  u32 num_lost;
+  u32 num_unroutable;
+};
+
+FA2A_DEVICE void count_outcome(u8 code, OutcomeCounts& counts) {
+  if (code == static_cast<u8>(Outcome::lost)) atomic_add(&counts.num_lost, 1);
+  if (code == static_cast<u8>(Outcome::unroutable)) atomic_add(&counts.num_unroutable, 1);
+}
+
+FA2A_DEVICE void note_outcomes(DeviceRank& r, const OutcomeCounts& counts) {
+  add_to(r.stats.num_lost, counts.num_lost);
+  add_to(r.stats.num_unroutable, counts.num_unroutable);
 }
 
 }  // namespace device
