@@ -51,8 +51,10 @@ format: $(STAMPS)/tools
 	$(PY) -m ruff format .
 	$(VENV)/bin/clang-format -i $(CPP_FILES)
 
-# Always asked, seldom at work: ninja recompiles only what an edit touched.
-build: $(STAMPS)/package
+# Always asked, seldom at work: ninja recompiles only what an edit touched. The first time torch is unpacked, by one
+# core, while the other compiles.
+build:
+	@$(MAKE) --no-print-directory -j2 $(STAMPS)/package
 	@$(PY) setup.py --quiet build_ext --inplace
 
 native: $(STAMPS)/tools
@@ -62,18 +64,25 @@ native: $(STAMPS)/tools
 	$(VENV)/bin/ctest --test-dir build/native --output-on-failure
 
 # The package in place: the command `fault-a2a`, and fault_a2a.kernels pointing at kernels/.
-$(STAMPS)/package: pyproject.toml setup.py $(STAMPS)/tools
-	@echo "Building the native core: a minute or two the first time"
-	@$(PY) setup.py --quiet build_ext --inplace
+$(STAMPS)/package: pyproject.toml setup.py $(STAMPS)/tools $(STAMPS)/core
 	@$(PY) -m pip install --quiet --no-build-isolation --no-deps --editable .
 	@touch $@
 
-# torch goes in first and alone: what depends on it must find it there, and never choose its version.
+$(STAMPS)/core: $(STAMPS)/build-tools
+	@echo "Building the native core: a minute the first time"
+	@$(PY) setup.py --quiet build_ext --inplace
+	@touch $@
+
+# torch goes in before what depends on it, which must find it there and never choose its version.
 # Python compiles what is imported; half a minute of pip's compiling would go into what never is.
-$(STAMPS)/tools: requirements-dev.txt $(STAMPS)/venv
+$(STAMPS)/tools: requirements-dev.txt $(STAMPS)/build-tools
 	@echo "Installing torch and the tools into $(VENV): a few minutes, once"
 	@$(PY) -m pip install --quiet --no-compile "$$(grep '^torch==' requirements-dev.txt)"
 	@$(PY) -m pip install --quiet --no-compile --requirement requirements-dev.txt
+	@touch $@
+
+$(STAMPS)/build-tools: requirements-dev.txt $(STAMPS)/venv
+	@$(PY) -m pip install --quiet --no-compile $$(sed -n '/^# build/,/^$$/{/==/p}' requirements-dev.txt)
 	@touch $@
 
 $(STAMPS)/venv:
@@ -90,7 +99,7 @@ $(STAMPS)/venv:
 clean:
 	rm -rf build fault_a2a/include fault_a2a/*.so *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find $(wildcard fault_a2a kernels tests benchmarks) -name __pycache__ -type d -prune -exec rm -rf {} +
-	rm -f $(STAMPS)/package
+	rm -f $(STAMPS)/package $(STAMPS)/core
 
 distclean: clean
 	rm -rf $(VENV) $(VENV_VLLM)
