@@ -305,6 +305,23 @@ def test_an_interrupted_drill_leaves_no_process(strike, number):
     assert come_true(lambda: names_in_shared_memory() <= before)
 
 
+def test_a_stopped_rank_stays_so_when_the_shell_goes_that_began_the_drill(tmp_path):
+    """A soak is begun with nohup, and whoever began it logs out: the system wakes all that is stopped in its group."""
+    said = tmp_path / "said"
+    said.touch()
+    # With jobs of its own (set -m) the shell keeps the drill's group from being an orphan for as long as it is there.
+    script = 'set -m; nohup "$@" >"$SAID" 2>&1 & until grep -q "is stopped" "$SAID"; do sleep 0.01; done'
+    drill = [sys.executable, "-m", "fault_a2a", "drill", *SMALL, "--stop", "1@10:2000", "--silence-ms", "400"]
+    environment = {**os.environ, "SAID": str(said)}
+    subprocess.run(
+        ["bash", "-c", script, "bash", *drill], cwd=ROOT, env=environment, start_new_session=True, timeout=60
+    )
+    assert come_true(lambda: "promise" in said.read_text(), timeout_s=60)
+    assert "OK: every promise held" in said.read_text() and "agreed to go on without rank 1" in " ".join(
+        said.read_text().split()
+    )
+
+
 def children_of(pid):
     return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 

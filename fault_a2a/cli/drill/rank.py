@@ -104,6 +104,8 @@ def run_rank(rank: int, work: Work, pipes: Pipes, parent_pid: int, live: bool, l
     status = 1
     try:
         die_with_the_parent(parent_pid)
+        # The system wakes whoever is stopped in a group of processes whose shell has gone, and that is a fault's to do.
+        os.setsid()
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         faulthandler.register(signal.SIGUSR1, all_threads=True)
