@@ -62,7 +62,9 @@ class Cell:
             return "nobody would be left"
         if self.kind == "stop" and 2 * survivors < self.num_ranks:
             return "those who are left are no quorum: a stopped rank is not proven dead, so they wait for it"
-        if self.kind in ("stop", "slow") and 2 * survivors <= self.num_ranks:
+        if self.kind == "stop" and 2 * survivors == self.num_ranks:
+            return "half of a group is a quorum only with rank 0 in it, and who is stopped is drawn"
+        if self.kind == "slow" and 2 * survivors <= self.num_ranks:
             return "half of the group would accuse the other half, and no verdict can tell which of them is ill"
         return ""
 
