@@ -288,6 +288,7 @@ def test_an_interrupted_drill_leaves_no_process(strike, number):
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a suite behind `&` ignores it
     )
     try:
         for line in parent.stdout:
