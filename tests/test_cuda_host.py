@@ -235,7 +235,13 @@ def unmet_claims() -> Wrong:
         return scenarios.corrupt([tallies[0], tallies[2]])
 
 
-@pytest.mark.parametrize("chunks", [nullcontext, in_streams], ids=["rounds", "streams"])
+# Each waits for seconds.
+in_chunks_slow = pytest.mark.parametrize(
+    "chunks", [nullcontext, pytest.param(in_streams, marks=pytest.mark.slow)], ids=["rounds", "streams"]
+)
+
+
+@in_chunks_slow
 @pytest.mark.parametrize("guard", GUARDS_APART)
 def test_guard_apart(guard: str, chunks: Callable[[], AbstractContextManager[None]]) -> None:
     assert exit_code(partial(found_apart, guard, chunks)) == 0
@@ -250,7 +256,7 @@ def found_apart(guard: str, chunks: Callable[[], AbstractContextManager[None]], 
 # --- what a kernel finds stalled, the host makes a suspicion of
 
 
-@pytest.mark.parametrize("chunks", [nullcontext, in_streams], ids=["rounds", "streams"])
+@in_chunks_slow
 @pytest.mark.parametrize("backend", ["cpu", "cuda-host"])
 @pytest.mark.parametrize("scenario", [stall_scenarios.hung_in_an_older_view, stall_scenarios.stalled_without_a_quorum])
 def test_a_stall_ends_the_wait(
