@@ -22,7 +22,7 @@ def test_groups_on_seeded_schedules_agree_and_go_on() -> None:
 
 @pytest.mark.parametrize(
     ("guard", "first_seed", "what"),
-    [("all_promised", 1, "never promised"), ("frozen_records", 12900, "two views of one epoch")],
+    [("all_promised", 1, "never promised"), ("frozen_records", 16200, "two views of one epoch")],
 )
 def test_seeded_schedules_find_what_a_guard_prevents(guard: str, first_seed: int, what: str) -> None:
     walked = run("agreement_schedules", "50", str(first_seed), guard)

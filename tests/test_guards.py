@@ -58,7 +58,7 @@ EXPLORED = ("record_before_answer", "frozen_records", "records_at_accept")
 # What only time brings about is met in simulation (tests/test_simulation.py; more guards than this one are, as well).
 SIMULATED = (
     *("own_kernel", "old_rounds_first", "mapped_place", "newcomer_once", "decided_leave", "beaten_since"),
-    *("silent_go", "looked_again", "stall_awake"),
+    *("silent_go", "looked_again", "found_first", "stall_awake"),
 )
 # Found by seeded schedules of lives that begin and end (tests/native/join_schedules.cpp, tests/test_joins.py).
 SCHEDULED = ("visitor_kept",)

@@ -39,16 +39,23 @@ void Agreement::installed(const Decision& decision) {
 
 void Agreement::follow(Followed& one, bool of_stall, const MemberReport& accuser, const MemberReport& accused,
                        i64 now_ns) const {
+  // Not by what the turn that finds the accusation has read before it, nor by that turn's time: this rank may have been
+  // stopped in between, for as long as the accused.
+  if (!one.is_found && guarded(guard_found_first)) {
+    one.is_found = true;
+    return;
+  }
   if (one.since_ns == 0) {
     one.since_ns = now_ns;
     one.accused_beat = accused.beat;
     one.accused_progress = accused.progress;
   }
-  if (one.moves && accuser.beat != one.accuser_beat) ++one.num_looks;
+  if (one.beats && accuser.beat != one.accuser_beat) ++one.num_looks;
   one.accuser_beat = accuser.beat;
   one.beats |= accused.beat != one.accused_beat;
-  const bool waits_for_more = of_stall && guarded(guard_late_waiters);
-  one.moves |= waits_for_more ? has_come_on(accused.progress, one.accused_progress) : one.beats;
+  if (one.comes_on || !of_stall || !has_come_on(accused.progress, one.accused_progress)) return;
+  one.comes_on = true;
+  one.num_looks = 0;  // a beat takes no stall back
 }
 
 // Edges count once they are `settle` old by this rank's own clock, so that everybody who suffers from the same rank has
@@ -76,7 +83,7 @@ Agreement::Edges Agreement::read_edges(const std::vector<MemberReport>& reports,
       }
       const bool of_stall = accusation_field::Kind::unpack(word) == static_cast<u64>(Evidence::stall);
       follow(one, of_stall, told, about, now_ns);
-      if (now_ns - one.since_ns < options_.settle_ns) {
+      if (one.since_ns == 0 || now_ns - one.since_ns < options_.settle_ns) {
         edges.any_unsettled = true;
         continue;
       }
@@ -85,10 +92,10 @@ Agreement::Edges Agreement::read_edges(const std::vector<MemberReport>& reports,
       if (told.proven_dead) continue;
       if (!one.beats)
         edges.silent_since.add(accused);
-      else if (!one.moves)
-        edges.stands_for[static_cast<size_t>(accuser)].add(accused);
       else if (one.num_looks < kLooksToTakeBack)
         edges.not_looked_again[static_cast<size_t>(accuser)].add(accused);
+      else if (of_stall && !one.comes_on && guarded(guard_late_waiters))
+        edges.stands_for[static_cast<size_t>(accuser)].add(accused);
     }
   }
   return edges;

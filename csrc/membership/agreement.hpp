@@ -63,20 +63,21 @@ class Agreement {
     bool any_settled = false;
     bool any_unsettled = false;
     RankSet silent_since;  // accused by one who lives, and has not beaten since
-    // [accuser]: whom it accuses although that rank does again what it is accused of not doing, without a look at it
-    // since that this rank knows of.
+    // [accuser]: whom it accuses although that rank beats, or comes on, without a look at it since that this rank knows
+    // of.
     std::vector<RankSet> not_looked_again;
     std::vector<RankSet> stands_for;  // [accuser]: whom it accuses of a stall, and who has not come on since
   };
-  // One accusation as this rank has followed it, from the step that read it first.
+  // One accusation as this rank follows it, from the step after the one that found it.
   struct Followed {
+    bool is_found = false;
     i64 since_ns = 0;          // 0: not followed yet
     u64 accused_beat = 0;      // at that time
     u64 accused_progress = 0;  // at that time
     u64 accuser_beat = 0;      // last seen
     bool beats = false;        // the accused has beaten since
-    bool moves = false;        // it does again what it is accused of not doing: beats, or of a stall, comes on
-    i32 num_looks = 0;         // how often the accuser's beat was seen to move after that
+    bool comes_on = false;     // accused of a stall, it has come on since
+    i32 num_looks = 0;         // how often the accuser's beat was seen to move after the later of these two
   };
   void follow(Followed& one, bool of_stall, const MemberReport& accuser, const MemberReport& accused, i64 now_ns) const;
   bool may_go_for(const Edges& edges, const std::vector<MemberReport>& reports, i32 accuser, const RankSet& next) const;

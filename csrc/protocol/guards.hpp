@@ -51,6 +51,7 @@ namespace fa2a {
   X(beaten_since)         /* nobody accused is kept who has not beaten since                   */ \
   X(silent_go)            /* of two equally small choices the one with more silent ranks goes  */ \
   X(looked_again)         /* nobody goes for an accusation that it had no time to take back    */ \
+  X(found_first)          /* an accusation is as old as the turn after the one that finds it   */ \
   X(late_waiters)         /* nobody goes first for a stall that others have yet to miss        */ \
   X(stall_awake)          /* whoever did not beat meanwhile did not stall                      */ \
   X(taken_back)           /* whom a view takes back has the whole stall_ms again               */ \
