@@ -152,7 +152,8 @@ def test_a_cut_link_costs_one_rank(answers, name):
 
 def test_a_stop_is_noticed_by_its_silence_and_not_before(answers):
     for name in ("long stop", "long stop from outside"):
-        assert answers[name]["detect_ms"] >= 200
+        # Since its last beat, which lies up to beat_ms before the stop.
+        assert answers[name]["detect_ms"] >= 200 - 10
 
 
 def test_a_new_process_comes_back_as_the_rank_that_died():

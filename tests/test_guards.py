@@ -110,7 +110,7 @@ def test_processes_are_clean_with_the_guard(guard: str) -> None:
 
 @pytest.mark.parametrize("guard", PROCESSES)
 def test_processes_are_red_without_the_guard(guard: str) -> None:
-    assert any(PROCESSES[guard](guards_off=[guard]) for _ in range(3))
+    assert any(PROCESSES[guard](guards_off=[guard]) for _ in range(6))  # where a stop hits a row, is chance
 
 
 def lie_without(lie: str, guards_out: tuple[str, ...]) -> Wrong:

@@ -205,7 +205,8 @@ class Judged:
                 continue
             against = self._evidence_against(one, life)
             found = [evidence.at_ns for evidence in against if evidence.at_ns >= at_ns]
-            suspected += [min(found)] if found else []
+            # A view is dated by the turn that installs it, evidence by its own instant, later in that turn perhaps.
+            suspected += [min(*found, view.installed_at_ns)] if found else []
             agreed.append(view.installed_at_ns)
             # Who learnt it from the others has no evidence of its own: it dropped the rank with the view.
             detected.append(min([*found, view.installed_at_ns]))
