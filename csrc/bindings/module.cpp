@@ -58,18 +58,6 @@ std::vector<i32> ranks_of(const RankSet& set, i32 num_ranks) {
   return out;
 }
 
-py::dict to_dict(const Decision& decision, i32 num_ranks) {
-  py::dict out;
-  out["epoch"] = decision.view.epoch;
-  out["first_round"] = decision.view.first_round;
-  out["active"] = ranks_of(decision.view.active, num_ranks);
-  out["incarnations"] = std::vector<u64>(decision.view.incarnations, decision.view.incarnations + num_ranks);
-  out["partitions"] = std::vector<u16>(decision.view.partitions, decision.view.partitions + num_ranks);
-  out["past_edges"] = std::vector<u32>(decision.past_edges, decision.past_edges + num_ranks);
-  out["reason"] = std::string(decision.reason);
-  return out;
-}
-
 py::dict to_dict(const ViewRecord& record) {
   py::dict out;
   out["epoch"] = record.epoch;
@@ -77,6 +65,14 @@ py::dict to_dict(const ViewRecord& record) {
   out["active"] = record.active;
   out["incarnations"] = record.incarnations;
   out["reason"] = record.reason;
+  return out;
+}
+
+// What is kept of a view, and what only the next decision needs; when it was installed is not told.
+py::dict to_dict(const Decision& decision, i32 num_ranks) {
+  py::dict out = to_dict(ViewRecord(decision, num_ranks, 0));
+  out["partitions"] = std::vector<u16>(decision.view.partitions, decision.view.partitions + num_ranks);
+  out["past_edges"] = std::vector<u32>(decision.past_edges, decision.past_edges + num_ranks);
   return out;
 }
 
