@@ -84,10 +84,11 @@ def _is_out(reports: dict[int, Report], sick: int) -> Wrong:
     return [] if isinstance(error, RankEvictedError) else [f"it ended with {error!r}"]
 
 
-def first_to_miss(guards_off: Iterable[str] = ()) -> Wrong:
-    """Three of eight are late in their experts. Two miss them before the others do, and would be the smaller choice."""
+def first_to_miss(guards_off: Iterable[str] = (), between_rounds: bool = False) -> Wrong:
+    """Three of eight are late in their experts, or in front of a round. Two miss them before the others do, and would
+    be the smaller choice."""
     config = small(8, stall_ms=STALL_MS, silence_ms=SILENCE_MS)
-    task = Rounds(between=_compute)
+    task = Rounds(before=_compute) if between_rounds else Rounds(between=_compute)
     gone = dict.fromkeys(LATE, _LATE_ROUND)
     with Ranks(8, config, task, guards_off) as ranks:
         ranks.wait_ready()

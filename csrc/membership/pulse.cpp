@@ -15,7 +15,7 @@ namespace {
 // Has the peer promised, for the view that is due, not to begin a round that this rank is in? Then it does not come,
 // and that is no stall: it waits for a view, as this rank will. Were it accused, a rank that is suspended would be
 // voted out as soon as quorum is back, for having waited for it. Whoever hangs is found out in the next view.
-bool is_held_back(LastRead<Promise>& copy, const ControlPage& page, const RankState& state) {
+bool has_promised_not_to(LastRead<Promise>& copy, const ControlPage& page, const RankState& state) {
   if (!copy.newest(page.promise) || copy.record.epoch_plus_one != newest_view(state.ring).epoch + 1) return false;
   return load_acquire(&state.started) > promised_round(copy.record);
 }
@@ -139,6 +139,22 @@ void Pulse::hear_stall(i32 rank) {
   ring_doorbell(own());
 }
 
+// Its promise excuses a peer from a round, unless another rank had missed it before it gave that: whoever reads a
+// promise accuses nobody, so a stall that somebody accuses it of is older. Those who come to wait a little later than
+// that rank would otherwise never say so too, and it would go alone, being fewer than those it misses.
+bool Pulse::is_held_back(i32 rank) {
+  const ControlPage& page = *pages_[static_cast<size_t>(rank)];
+  if (!readable(rank) || !has_promised_not_to(copies_[static_cast<size_t>(rank)].promise, page, state_)) return false;
+  if (!guarded(guard_late_promise)) return true;
+  const View& view = newest_view(state_.ring);
+  const u64 stall = pack_accusation(view.epoch, Evidence::stall);
+  for (i32 other = 0; other < options_.agreement.num_ranks; ++other) {
+    if (!view.active.has(other) || !readable(other)) continue;
+    if (load_acquire(&pages_[static_cast<size_t>(other)]->accusations[rank]) == stall) return false;
+  }
+  return true;
+}
+
 Evidence Pulse::look_at(i32 rank) {
   const ControlPage& page = *pages_[static_cast<size_t>(rank)];
   PeerSample sample;
@@ -162,8 +178,7 @@ Evidence Pulse::look_at(i32 rank) {
   const u64 parity = signal_field::Round::unpack(wait.word) % kNumParities;
   sample.sent = load_acquire(&page.sent[options_.agreement.rank].words[kind][parity]);
   hear_stall(rank);
-  wait.kernel_suspects = is_suspect(state_, rank) && !marked_.has(rank) &&
-                         !(sample.readable && is_held_back(copies_[static_cast<size_t>(rank)].promise, page, state_));
+  wait.kernel_suspects = is_suspect(state_, rank) && !marked_.has(rank) && !is_held_back(rank);
   const Timeouts timeouts{static_cast<i64>(load_relaxed(&state_.silence_ns[rank])), options_.link_ns,
                           static_cast<i64>(load_relaxed(&state_.stall_ns[rank]))};
   return detector_.judge(rank, sample, wait, timeouts);

@@ -108,6 +108,7 @@ class Pulse {
   void run() noexcept;
   void look(i64 now);
   void hear_stall(i32 rank);
+  bool is_held_back(i32 rank);
   Evidence look_at(i32 rank);
   i64 waiting_since(i32 rank);
   bool has_left_as_decided(i32 rank);
