@@ -95,7 +95,11 @@ Evidence Detector::judge(i32 rank, const PeerSample& sample, const OwnWait& wait
   // A kernel counts by the peer's progress alone, and by its own clock. Time in which the peer did not beat is silence.
   const bool moves_on = peer.woke_ns != 0 && sample.progress != peer.woke_progress;
   if (moves_on || now_ns_ - peer.woke_ns >= timeouts.stall_ns) peer.woke_ns = 0;
-  if (wait.kernel_suspects && peer.evidence == Evidence::none && peer.woke_ns == 0 && !moves_on) {
+  // What a kernel found may be as old as the last look: whoever has come on since then is not stalled any more, and
+  // where it stands now it may stand for ever, with all of its rounds done.
+  const bool comes_on = has_come_on(sample.progress, peer.progress);
+  peer.progress = sample.progress;
+  if (wait.kernel_suspects && peer.evidence == Evidence::none && peer.woke_ns == 0 && !moves_on && !comes_on) {
     peer.stall_progress = sample.progress;
     peer.evidence = Evidence::stall;
   }

@@ -57,6 +57,7 @@ class Detector {
     i64 woke_ns = 0;            // when it last beat after a pause that was its own; 0: it has moved on, or never paused
     u64 woke_progress = ~0ull;  // where it stood then
     i64 link_since_ns = 0;      // since when it says it signalled and nothing came; 0: not so
+    u64 progress = 0;           // at the last look
     u64 stall_progress = 0;     // where it stood when a kernel of ours suspected it
     Evidence evidence = Evidence::none;
   };

@@ -124,12 +124,6 @@ static_assert(Round::shift == signal_field::Round::shift && Round::bits == signa
               "rounds_ahead reads either word");
 }  // namespace progress_field
 
-// To another round or phase; a tick is none.
-FA2A_HD constexpr bool has_come_on(u64 progress, u64 since) {
-  return progress_field::Round::unpack(progress) != progress_field::Round::unpack(since) ||
-         progress_field::Phase::unpack(progress) != progress_field::Phase::unpack(since);
-}
-
 // `caller`: between two calls of a round, in the experts or whatever else its caller does.
 // `collective`: in a small collective, whose number stands where the round would.
 enum class Phase : u32 {
@@ -143,6 +137,13 @@ enum class Phase : u32 {
   closed,
   collective
 };
+
+// To another round or phase. A tick is none, but at the gate, where a rank waits for a view and owes nobody anything.
+FA2A_HD constexpr bool has_come_on(u64 progress, u64 since) {
+  const u64 phase = progress_field::Phase::unpack(progress);
+  return progress_field::Round::unpack(progress) != progress_field::Round::unpack(since) ||
+         phase != progress_field::Phase::unpack(since) || (phase == static_cast<u64>(Phase::gate) && progress != since);
+}
 
 FA2A_HD constexpr u64 pack_progress(u64 round, Phase phase, u64 tick) {
   return progress_field::Round::pack(round) | progress_field::Phase::pack(static_cast<u64>(phase)) |

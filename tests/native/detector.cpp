@@ -29,14 +29,14 @@ struct Watcher {
   PeerSample sample;
   i64 now_ns = kMs;
 
-  Watcher() {
+  explicit Watcher(Phase phase = Phase::dispatch_wait, bool is_suspected = true) {
     timeouts.silence_ns = 2000 * kMs;
     timeouts.link_ns = 5000 * kMs;
     timeouts.stall_ns = 30000 * kMs;
     wait.since_ns = now_ns;
-    sample.progress = pack_progress(kRound, Phase::dispatch_wait, kTick);
+    sample.progress = pack_progress(kRound, phase, kTick);
     look();
-    wait.kernel_suspects = true;
+    wait.kernel_suspects = is_suspected;
     look();
   }
 
@@ -96,6 +96,22 @@ void what_it_has_come_to_counts_anew() {
   expect(watcher.look_at(kRound, Phase::caller, kTick + 1) == Evidence::stall, "and a tick there changes nothing");
 }
 
+// The kernel found it where it stood before. Were it accused where it is now, with all of its rounds done, say, nothing
+// would ever take that back, and the accuser, who is well, may go for it.
+void whoever_came_on_meanwhile_has_not_stalled() {
+  Watcher watcher(Phase::dispatch_wait, false);
+  watcher.wait.kernel_suspects = true;
+  expect(watcher.look_at(kRound, Phase::closed, kTick) == Evidence::none,
+         "whoever has come on since the last look is not accused of a stall");
+}
+
+// It waits for a view, and no kernel waits for its answer in vain.
+void a_tick_at_the_gate_takes_it_back() {
+  Watcher watcher(Phase::gate);
+  const bool stood = watcher.look() == Evidence::stall;
+  expect(stood && watcher.look_at(kRound, Phase::gate, kTick + 1) == Evidence::none, "a tick at the gate does, too");
+}
+
 void waking_takes_it_back() {
   Watcher watcher;
   for (i64 paused_ns = 0; paused_ns <= watcher.timeouts.silence_ns / 4; paused_ns += 10 * kMs) watcher.look(false);
@@ -109,6 +125,8 @@ int main() {
   a_tick_takes_no_stall_back();
   moving_on_takes_it_back();
   what_it_has_come_to_counts_anew();
+  whoever_came_on_meanwhile_has_not_stalled();
+  a_tick_at_the_gate_takes_it_back();
   waking_takes_it_back();
   return failures == 0 ? 0 : 1;
 }
