@@ -10,11 +10,11 @@ import torch
 
 from fault_a2a.buffer import Buffer
 from fault_a2a.core_fields import collective_phases
-from fault_a2a.errors import FaultA2AError
+from fault_a2a.errors import FaultA2AError, QuorumLostError
 from fault_a2a.testing.virtual import VirtualRanks
 from tests.process_rounds import small as small_for
 from tests.processes import Here, Ranks
-from tests.rig import Checker, Work, suspicions_of
+from tests.rig import Checker, Work, raised, suspicions_of
 from tests.scenarios import Wrong, small
 
 
@@ -134,6 +134,30 @@ def beside_rounds(num_turns: int = 6) -> Wrong:
             return [repr(one) for one in failed]
         wrong = differences([heard for heard, _ in results], {2}, num_turns)
         return wrong + [text for _, corrupt in results for text in corrupt]
+
+
+def quorum_lost(pause_s: float = 2.0) -> Wrong:
+    """Rank 2's bytes do not get to rank 1, then ranks 2 to 4 stop. Rank 0 has everybody's bytes and waits to hear what
+    rank 1 has, whose call ends for want of a quorum: rank 0's must end as well, and rank 1 is no stalled rank."""
+    config = small(silence_ms=200, agreement_timeout_ms=300, stall_ms=600, link_ms=60_000)
+    with VirtualRanks(5, config) as ranks:
+        ranks.buffers[2].core.set_faults({"cut": [1]})
+        for rank in (2, 3, 4):
+            ranks.buffers[rank].arm("collective.contributed", 0, "sleep_us", int(pause_s * 1e6))
+
+        def one(buffer: Buffer) -> tuple[Heard, list[str]]:
+            if buffer.rank >= 2:
+                buffer.core.pause_pulse(int(pause_s * 1000))
+            heard = gather(buffer, 1)
+            return heard, [str(found) for found in buffer.evidence() if found.rank < 2]
+
+        results = raised(ranks.run(one))[:2]
+    wrong = [f"rank {heard.rank}: {found}" for heard, evidence in results for found in evidence]
+    return wrong + [
+        f"rank {heard.rank} was told {heard.error!r}"
+        for heard, _ in results
+        if not isinstance(heard.error, QuorumLostError)
+    ]
 
 
 def killed_processes(num_ranks: int, victim: int, phase: str) -> Wrong:

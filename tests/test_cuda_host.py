@@ -159,7 +159,7 @@ GUARDS = {
     # Liars are CPU ranks: rank 1.
     **dict.fromkeys(("epoch_compare", "claims_met", "combine_count", "one_answer"), BOTH),
     # Of streams.
-    **dict.fromkeys(("chunk_compare", "chunk_consent"), ("cuda-host",)),
+    **dict.fromkeys(("chunk_compare", "chunk_consent", "fresh_words"), ("cuda-host",)),
 }
 # Those that a stream's kernels ask anew, for which it has words of its own, or which it asks in places of its own; with
 # what the group's settings must be. A row that was stored without consent is taken with the last chunk of its source

@@ -11,7 +11,15 @@ import pytest
 import torch
 
 from fault_a2a._core import core
-from tests import accuser_scenarios, collective_scenarios, join_scenarios, scenarios, stall_scenarios, window_scenarios
+from tests import (
+    accuser_scenarios,
+    collective_scenarios,
+    join_scenarios,
+    scenarios,
+    stall_scenarios,
+    stream_scenarios,
+    window_scenarios,
+)
 from tests.apart import exit_code
 from tests.ballots import WENT_WRONG, run
 from tests.rig import shown
@@ -51,6 +59,8 @@ TABLE: dict[str, tuple[Callable[[], Wrong], tuple[str, ...]]] = {
     "all_say": (lambda: collective_scenarios.half_heard("collective.half_contributed"), ()),
     "frozen_set": (lambda: collective_scenarios.half_heard("collective.half_said"), ()),
     "say_epoch": (collective_scenarios.smaller_set_of_the_dead, ()),
+    "fresh_words": (stream_scenarios.stream_after_an_age, ()),
+    "quorum_ends": (collective_scenarios.quorum_lost, ()),
 }
 # Without these two views of one epoch can be decided. No group of threads would meet that schedule in a lifetime, so
 # the test walks them all (tests/native/ballots.cpp; with the guards in, in tests/test_agreement.py).

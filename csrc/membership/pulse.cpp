@@ -10,18 +10,6 @@
 
 namespace fa2a {
 
-namespace {
-
-// Has the peer promised, for the view that is due, not to begin a round that this rank is in? Then it does not come,
-// and that is no stall: it waits for a view, as this rank will. Were it accused, a rank that is suspended would be
-// voted out as soon as quorum is back, for having waited for it. Whoever hangs is found out in the next view.
-bool has_promised_not_to(LastRead<Promise>& copy, const ControlPage& page, const RankState& state) {
-  if (!copy.newest(page.promise) || copy.record.epoch_plus_one != newest_view(state.ring).epoch + 1) return false;
-  return load_acquire(&state.started) > promised_round(copy.record);
-}
-
-}  // namespace
-
 Pulse::Pulse(std::vector<ControlPage*> pages, RankState& state, const PulseOptions& options, const Decision& first)
     : pages_(std::move(pages)),
       state_(state),
@@ -29,6 +17,7 @@ Pulse::Pulse(std::vector<ControlPage*> pages, RankState& state, const PulseOptio
       detector_(options.agreement.num_ranks),
       reports_(pages_.size()),
       copies_(pages_.size()),
+      promised_at_(pages_.size()),
       awaited_since_ns_(pages_.size(), 0),
       visitors_(pages_.size()),
       agreement_(options.agreement, first),
@@ -139,20 +128,34 @@ void Pulse::hear_stall(i32 rank) {
   ring_doorbell(own());
 }
 
-// Its promise excuses a peer from a round, unless another rank had missed it before it gave that: whoever reads a
-// promise accuses nobody, so a stall that somebody accuses it of is older. Those who come to wait a little later than
-// that rank would otherwise never say so too, and it would go alone, being fewer than those it misses.
-bool Pulse::is_held_back(i32 rank) {
-  const ControlPage& page = *pages_[static_cast<size_t>(rank)];
-  if (!readable(rank) || !has_promised_not_to(copies_[static_cast<size_t>(rank)].promise, page, state_)) return false;
-  if (!guarded(guard_late_promise)) return true;
+// Has the peer promised, for the view that is due, not to begin a round that this rank is in? Then it does not come,
+// and that is no stall: it waits for a view, as this rank will. Were it accused, a rank that is suspended would be
+// voted out as soon as quorum is back, for having waited for it. Whoever hangs is found out in the next view.
+// Not by `started`, which may count a round that the promise itself sent back to the gate.
+bool Pulse::is_held_back(i32 rank, u64 progress) {
+  const auto at = static_cast<size_t>(rank);
+  const u64 epoch_plus_one = newest_view(state_.ring).epoch + 1;
+  LastRead<Promise>& copy = copies_[at].promise;
+  if (!copy.newest(pages_[at]->promise) || copy.record.epoch_plus_one != epoch_plus_one) return false;
+  if (promised_at_[at].epoch_plus_one != epoch_plus_one) promised_at_[at] = {epoch_plus_one, progress};
+  if (load_acquire(&state_.started) <= copy.record.limit) return false;
+  // Unless it was missed before it promised, and stands where it stood then.
+  const bool is_suspended = (load_acquire(&state_.release) & release_quorum_lost) != 0;
+  const bool comes_on = has_come_on(progress, promised_at_[at].progress);
+  return is_suspended || comes_on || !is_missed_by_another(rank) || !guarded(guard_late_promise);
+}
+
+// Whoever reads a promise accuses nobody, so a stall that somebody accuses this rank of is older than its promise. Those
+// who come to wait a little later than that one would otherwise never say so too, and it would go alone, being fewer
+// than those it misses. What the dead said stands for ever, and is not counted.
+bool Pulse::is_missed_by_another(i32 rank) const {
   const View& view = newest_view(state_.ring);
   const u64 stall = pack_accusation(view.epoch, Evidence::stall);
   for (i32 other = 0; other < options_.agreement.num_ranks; ++other) {
-    if (!view.active.has(other) || !readable(other)) continue;
-    if (load_acquire(&pages_[static_cast<size_t>(other)]->accusations[rank]) == stall) return false;
+    if (!view.active.has(other) || proven_dead_.has(other) || !readable(other)) continue;
+    if (load_acquire(&pages_[static_cast<size_t>(other)]->accusations[rank]) == stall) return true;
   }
-  return true;
+  return false;
 }
 
 Evidence Pulse::look_at(i32 rank) {
@@ -178,7 +181,8 @@ Evidence Pulse::look_at(i32 rank) {
   const u64 parity = signal_field::Round::unpack(wait.word) % kNumParities;
   sample.sent = load_acquire(&page.sent[options_.agreement.rank].words[kind][parity]);
   hear_stall(rank);
-  wait.kernel_suspects = is_suspect(state_, rank) && !marked_.has(rank) && !is_held_back(rank);
+  const bool is_excused = sample.readable && is_held_back(rank, sample.progress);
+  wait.kernel_suspects = is_suspect(state_, rank) && !marked_.has(rank) && !is_excused;
   const Timeouts timeouts{static_cast<i64>(load_relaxed(&state_.silence_ns[rank])), options_.link_ns,
                           static_cast<i64>(load_relaxed(&state_.stall_ns[rank]))};
   return detector_.judge(rank, sample, wait, timeouts);

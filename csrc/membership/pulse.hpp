@@ -108,7 +108,8 @@ class Pulse {
   void run() noexcept;
   void look(i64 now);
   void hear_stall(i32 rank);
-  bool is_held_back(i32 rank);
+  bool is_held_back(i32 rank, u64 progress);
+  bool is_missed_by_another(i32 rank) const;
   Evidence look_at(i32 rank);
   i64 waiting_since(i32 rank);
   bool has_left_as_decided(i32 rank);
@@ -155,6 +156,11 @@ class Pulse {
   std::vector<PageCopies> copies_;  // of every rank's page, this one's included
   RankSet marked_;                  // suspicions already accounted for
   RankSet proven_dead_;
+  struct PromisedAt {
+    u64 epoch_plus_one = 0;
+    u64 progress = 0;  // where it stood when this rank first read its promise of that epoch
+  };
+  std::vector<PromisedAt> promised_at_;
   RankSet awaited_promises_;
   std::vector<i64> awaited_since_ns_;  // of each rank in awaited_promises_
   bool poke_ = false;

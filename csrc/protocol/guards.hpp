@@ -19,6 +19,7 @@ namespace fa2a {
   X(clamp_count)          /* a peer's count never bounds a loop                                */ \
   X(check_index)          /* a peer's index never addresses memory                             */ \
   X(chunk_compare)        /* a word of the chunk before is not this chunk's signal             */ \
+  X(fresh_words)          /* no word that only streams store is older than half the rounds     */ \
   X(chunk_consent)        /* half of a stream's slots is refilled only after its reader's word */ \
   X(claims_met)           /* a source that sends other rows than it announced is not taken     */ \
   X(mutual_wait)          /* a tick excuses nobody who waits for the one that judges           */ \
@@ -59,7 +60,8 @@ namespace fa2a {
   X(decided_leave)        /* a rank that left as was decided is not accused of it              */ \
   X(frozen_set)           /* what a rank has in a collective is not taken anew in a later view */ \
   X(say_epoch)            /* sets of two epochs are not counted together                       */ \
-  X(all_say)              /* nobody returns before all members have said the same set          */
+  X(all_say)              /* nobody returns before all members have said the same set          */ \
+  X(quorum_ends)          /* whoever has no quorum waits for nobody in a collective            */
 
 enum Guard : u32 {
 #define FA2A_GUARD_NAME(name) guard_##name,

@@ -171,14 +171,18 @@ class Gathering {
     return word_of(src) == word || !guarded(guard_recheck);
   }
 
+  // Unlike in a round, a lost quorum ends the wait: whom this rank waits for may have been told so before it, and is
+  // back with its caller. It would be found stalled there, and be voted out once a quorum is back.
   template <class Done>
   Turn wait_until(i32 src, Done is_done) {
-    bool changed = false;
+    const auto is_over = [&] {
+      const bool is_suspended = (load_acquire(&c_.state->release) & release_quorum_lost) != 0;
+      return view_changed() || (is_suspended && guarded(guard_quorum_ends));
+    };
     const Waited waited = wait_for(machine_, *c_.state, src, [&] {
-      if (is_done()) return Reading::present;
-      changed = view_changed();
-      return changed ? Reading::declined : Reading::absent;
+      return is_done() ? Reading::present : is_over() ? Reading::declined : Reading::absent;
     });
+    machine_.expect_no_more(src);  // also of one whose word came while another's was looked at
     if (waited == Waited::present) return Turn::returned;
     return waited == Waited::released ? Turn::released : Turn::next_view;
   }

@@ -44,6 +44,14 @@ Reading read_chunk(const Context& c, const OpenRound& open, Verb verb, i32 src, 
   return read_signal(load_signal(c, open, verb, src, chunk), open.round, open.epoch, static_cast<u64>(chunk));
 }
 
+// Whoever may get a stream of this round has done with mine of two rounds ago, and I with its.
+void freshen_words(Context& c, const OpenRound& open, Verb verb, i32 dst) {
+  if (c.at.num_halves == 1 || !freshens(open.round) || !guarded(guard_fresh_words)) return;
+  const u64 value = fresh_word(open.round, static_cast<u32>(open.round % kNumParities));
+  put_taken(c, open, verb, dst, value);
+  put_signal(c, open, verb, dst, 1, value);
+}
+
 void signal_chunk(Context& c, const OpenRound& open, Verb verb, i32 dst, i32 chunk, u64 count, bool last) {
   c.wire->at(verb == Verb::dispatch ? Point::dispatch_chunk : Point::combine_chunk, open.round);
   put_signal(c, open, verb, dst, chunk, stream_word(open, chunk, count, last, /*declined=*/false));

@@ -16,6 +16,8 @@ inline i32 half_of(const Context& c, i32 chunk) { return chunk % c.at.num_halves
 // The word of `src` that publishes chunk `chunk` to me, and what it says.
 u64 load_signal(const Context& c, const OpenRound& open, Verb verb, i32 src, i32 chunk);
 Reading read_chunk(const Context& c, const OpenRound& open, Verb verb, i32 src, i32 chunk);
+// Stores the words anew that only streams with `dst` store, where it is time for that.
+void freshen_words(Context& c, const OpenRound& open, Verb verb, i32 dst);
 // Tells `dst`; `count` rows of the chunk stand in its window.
 void signal_chunk(Context& c, const OpenRound& open, Verb verb, i32 dst, i32 chunk, u64 count, bool last);
 // Tells `dst` that nothing of this round is coming from here, or nothing more.
@@ -58,6 +60,7 @@ void begin_streams(Context& c, OpenRound& open, Verb verb, const FirstPoints& po
     if (step == n / 2 + 1) c.wire->at(points.half_signalled, open.round);
     const bool owed = open.active.has(peer) && (verb == Verb::dispatch || guarded(guard_one_answer));
     if (out.num_chunks == 0 && owed) decline(c, open, verb, peer, 0);
+    if (out.num_chunks != 0) freshen_words(c, open, verb, peer);
     for (; out.next_chunk < num_first(out); ++out.next_chunk)
       signal_chunk(c, open, verb, peer, out.next_chunk, out.first_counts[out.next_chunk],
                    out.next_chunk + 1 == out.num_chunks);

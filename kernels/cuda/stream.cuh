@@ -124,6 +124,14 @@ FA2A_DEVICE void signal_moving(DeviceRank& r, DeviceRound& round, Verb verb, i32
   out.is_open = out.next_chunk < out.num_chunks ? 1 : 0;
 }
 
+// Whoever may get a stream of this round has done with mine of two rounds ago, and I with its.
+FA2A_DEVICE void freshen_words(DeviceRank& r, const DeviceRound& round, Verb verb, i32 dst) {
+  if (!freshens(round.round) || !guarded(guard_fresh_words)) return;
+  const u64 value = fresh_word(round.round, parity_of(round));
+  put_taken_word(r, round, verb, dst, value);
+  put_chunk_word(r, round, verb, dst, 1, value);
+}
+
 // Tells every active peer of the first chunks, as tell_peers does; not by it, since a thread that has all of this to do
 // in there takes ten more registers on sm_100a.
 template <class NumRows>
@@ -138,7 +146,9 @@ FA2A_DEVICE void signal_first_chunks(DeviceRank& r, DeviceRound& round, Verb ver
       const i32 dst = (r.rank + step) % n;
       const bool owed = round.active.has(dst) && (verb == Verb::dispatch || guarded(guard_one_answer));
       if (round.out[dst].num_chunks == 0 && owed) decline_rest(r, round, verb, dst);
-      if (round.out[dst].num_chunks != 0) signal_moving(r, round, verb, dst, num_rows(dst));
+      if (round.out[dst].num_chunks == 0) continue;
+      freshen_words(r, round, verb, dst);
+      signal_moving(r, round, verb, dst, num_rows(dst));
     }
     sync_block();
   }
