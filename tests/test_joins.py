@@ -8,7 +8,7 @@ import pytest
 import torch.distributed as dist
 
 from fault_a2a.buffer import Buffer
-from fault_a2a.errors import ClosedError, ConstructError
+from fault_a2a.errors import ClosedError, JoinError
 from fault_a2a.group import Group
 from fault_a2a.testing.virtual import VirtualRanks
 from tests import join_scenarios as scenarios
@@ -75,8 +75,10 @@ def test_a_rank_alone_leaves_at_once(alone: Buffer) -> None:
 
 def test_a_newcomer_without_a_group_is_told_so() -> None:
     group = Group(dist.HashStore(), 0, 2)
-    with pytest.raises(ConstructError, match="nobody of group 'default' has told of itself on this store"):
+    with pytest.raises(JoinError, match="nobody of group 'default' has told of itself on this store") as refused:
         Buffer(group, small(2, construct_timeout_ms=50), join=True)
+    # Whoever reads it must not restart the ranks that run.
+    assert "leave them alone" in str(refused.value) and "on every rank" not in str(refused.value)
 
 
 @pytest.mark.parametrize("kills_one", [False, True])
