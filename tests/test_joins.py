@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -71,6 +72,23 @@ def test_a_rank_alone_leaves_at_once(alone: Buffer) -> None:
     assert alone.leave()
     with pytest.raises(ClosedError):
         alone.begin_step()
+
+
+def test_a_leave_that_was_in_vain_does_not_come_about_in_silence() -> None:
+    with VirtualRanks(2, small(2, num_topk=2)) as ranks:
+        deadline = time.monotonic() + 20
+
+        def steps(buffer: Buffer) -> tuple[int, ...]:
+            if buffer.rank == 1:
+                buffer.core.ask_to_leave()  # what leave() has done when it returns False
+            while time.monotonic() < deadline and len(buffer.view.active_ranks) == 2:
+                buffer.begin_step()
+            return buffer.view.active_ranks
+
+        stays, leaves = ranks.run(steps)
+        assert stays == (0,)
+        assert isinstance(leaves, ClosedError) and "rank 1 had asked to leave, and is out" in str(leaves)
+        assert "buffer.rejoin()" in str(leaves)
 
 
 def test_a_newcomer_without_a_group_is_told_so() -> None:
