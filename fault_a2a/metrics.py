@@ -1,4 +1,4 @@
-"""Prometheus metrics of one rank's buffers; needs prometheus-client (``pip install fault_a2a[metrics]``).
+"""Prometheus metrics of one rank's buffers; needs prometheus-client (``pip install 'fault_a2a[metrics]'``).
 
 Nothing is counted on the way of a round: a scrape reads what the core has anyway.
 """
@@ -20,7 +20,7 @@ def _prometheus() -> Any:
     try:
         import prometheus_client.core
     except ImportError as error:
-        raise ImportError("metrics need prometheus-client; pip install fault_a2a[metrics]") from error
+        raise ImportError("metrics need prometheus-client; run `pip install 'fault_a2a[metrics]'`") from error
     return prometheus_client
 
 

@@ -50,7 +50,7 @@ def verbs_for(backend: str, endpoint: Any, fields: dict[str, Any]) -> Verbs:
         import triton  # noqa: F401
     except ImportError as error:
         raise ImportError(
-            'backend: "triton" needs Triton; run `pip install fault_a2a[triton]`, or pass "cpu".'
+            "backend: 'triton' needs Triton; run `pip install 'fault_a2a[triton]'`, or pass 'cpu'."
         ) from error
     from fault_a2a.kernels.triton.rank import Rank
 
