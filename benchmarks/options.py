@@ -9,22 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fault_a2a.cli.words import append_record, show_turns, whole_number, words
+from fault_a2a.cli.words import append_record, named_by_option, show_turns, whole_number, words
 
 from .machine import ROOT, available_bytes, shared_memory_bytes
 from .systems import OURS, Copy
 from .teams import in_a_fork
 from .work import DTYPES, Shape
 
-# The fields that Config's errors name, and the options that set them here.
-_OPTION_OF_FIELD = {
-    "num_experts": "--experts",
-    "hidden": "--hidden",
-    "num_topk": "--topk",
-    "num_max_tokens_per_rank": "--tokens",
-    "placement": "--experts",
-    "backend": "--backend",
-}
 _PROCESS_BYTES = 60 << 20  # what a forked rank with torch has for itself, tensors not counted
 _GIB = 1 << 30
 
@@ -124,7 +115,7 @@ def ask_library(
     try:
         library = Library(**in_a_fork(ask))
     except ValueError as error:
-        raise ValueError(_named_by_option(str(error))) from None
+        raise ValueError(named_by_option(str(error))) from None
     _check_memory(shape, library, num_teams, num_local_ranks or shape.ranks, num_ours or len(backends))
     return library
 
@@ -151,11 +142,6 @@ def add_backend_option(parser: argparse._ActionsContainer) -> None:
         help=f"whose kernels run this library, side by side in one run: of auto, {', '.join(OURS)} (default auto: cuda "
         "where it compiles, else triton on a GPU, else cpu)",
     )
-
-
-def _named_by_option(text: str) -> str:
-    field = text.split(":", 1)[0]
-    return f"{_OPTION_OF_FIELD[field]} ({text})" if field in _OPTION_OF_FIELD else text
 
 
 def _check_memory(shape: Shape, library: Library, num_teams: int, num_local_ranks: int, num_ours: int) -> None:

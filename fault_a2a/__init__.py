@@ -27,6 +27,7 @@ _HOME = {
     "RankEvictedError": "errors",
     "QuorumLostError": "errors",
     "ConstructError": "errors",
+    "JoinError": "errors",
     "ClosedError": "errors",
 }
 
@@ -40,6 +41,7 @@ __all__ = [
     "FaultA2AError",
     "Group",
     "Handle",
+    "JoinError",
     "Outcome",
     "Placement",
     "QuorumLostError",

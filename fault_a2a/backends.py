@@ -59,9 +59,9 @@ def why_not(backend: str, machine: Machine) -> str:
     if not machine.gpu:
         return "torch finds no GPU"
     if backend == "cuda":
-        return "" if machine.compiles_cuda else "no NVRTC for an NVIDIA GPU; run `pip install fault_a2a[cuda13]`"
+        return "" if machine.compiles_cuda else "no NVRTC for an NVIDIA GPU; run `pip install 'fault_a2a[cuda13]'`"
     if not machine.has_triton:
-        return "Triton is not installed; run `pip install fault_a2a[triton]`"
+        return "Triton is not installed; run `pip install 'fault_a2a[triton]'`"
     if machine.interprets:
         return "TRITON_INTERPRET=1 keeps its kernels on the CPU; unset it"
     if not machine.reaches_host:

@@ -45,8 +45,15 @@ class Buffer(Halves, Collectives, LendsMemory, Membership, PlantedFaults):
             the members, all of whom call ``begin_step``, have let this process in; not collective.
 
     Raises:
-        ConstructError: ranks are missing, on another host, or were built with another ``config``; with ``join`` also
-            when the members did not let this rank in in time.
+        TypeError: ``group`` or ``config`` is something else.
+        ValueError: ``config`` does not fit this group or machine (its placement or ``max_num_ranks``; Triton's kernels
+            on a GPU that cannot reach the windows); or ``join`` with virtual ranks.
+        ImportError: ``backend="triton"``, and Triton is not installed.
+        RuntimeError: ``backend="cuda"``, and there is no libnvrtc, or it does not compile the kernels.
+        ConstructError: ranks are missing, on another host, or were built with another ``config``; or
+            ``backend="cuda"``, and torch finds no GPU.
+        JoinError: with ``join``: no member was found, or they do not fit this process, did not let it in in time, or
+            evicted it again before it could begin. They are not affected.
     """
 
     def __init__(self, group: Any, config: Config, *, join: bool = False) -> None:
@@ -232,6 +239,9 @@ class Buffer(Halves, Collectives, LendsMemory, Membership, PlantedFaults):
         every active rank's rows are here or its loss is certain; dead peers raise nothing. Not collective in the sense
         that a missing peer could hang it. At most two rounds may be open, one on each lane.
 
+        Capturable with ``backend="cuda"`` and batches of one chunk; tests capture calls without hooks only. A replay
+        raises nothing: with a wrong choice, or on a rank that may not go on, its counts are 0 and its choices lost.
+
         Args:
             x: ``[num_tokens, hidden]``, ``config.dtype``, contiguous, on ``device`` as all tensors; or quantised, in
                 ``config.dispatch_dtype``.
@@ -298,19 +308,28 @@ class Buffer(Halves, Collectives, LendsMemory, Membership, PlantedFaults):
     ) -> tuple[torch.Tensor, Outcome] | tuple[torch.Tensor, Outcome, RecvHook]:
         """Returns each expert row to its owner and sums what came back for my tokens.
 
-        Blocks as ``dispatch`` does. Sums are float32, in the order of the choices, multiply and add rounded separately.
+        Blocks as ``dispatch`` does, and can be captured where its dispatch was. Sums are float32, in the order of the
+        choices, multiply and add rounded separately.
 
         Args:
-            y: the experts' output, same shape and dtype as ``recv.x``, contiguous.
+            y: the experts' output, contiguous, in the shape of ``recv.x`` and in ``config.dtype``, also where
+                ``recv.x`` came in ``config.dispatch_dtype``.
             handle: of the dispatch; good once.
-            out: written in place and returned, instead of a new tensor; contiguous. Not for compiled code.
-            topk_weights: in place of those of the dispatch; only with ``reduce="owner"`` and ``weights_at="owner"``.
-                Not for compiled code.
+            out: ``[num_tokens, hidden]``, ``config.dtype``, contiguous: written in place and returned, instead of a new
+                tensor. Not for compiled code.
+            topk_weights: float32 ``[num_tokens, num_topk]``, contiguous, in place of those of the dispatch; only with
+                ``reduce="owner"`` and ``weights_at="owner"``. Not for compiled code.
             return_recv_hook: send only, and return a hook that sums. Waits for nobody then. ``y`` must not change
                 before the hook has been called, and the round stays open until it has been.
 
         Returns:
-            ``out`` ``[num_tokens, hidden]`` and the ``Outcome``. ``out`` holds exactly the delivered choices.
+            ``out`` ``[num_tokens, hidden]`` in ``config.dtype``, and the ``Outcome``. ``out`` holds exactly the
+            delivered choices.
+
+        Raises:
+            ValueError, TypeError: naming the argument, before anything is sent; a handle of another buffer too.
+            RuntimeError: the handle's round is not open any more, or its hook has not been called yet.
+            RankEvictedError, QuorumLostError, ClosedError: this rank may not go on.
         """
         check_is_handle(handle)
         check_kind("y", y, self.device.type)
@@ -326,7 +345,12 @@ class Buffer(Halves, Collectives, LendsMemory, Membership, PlantedFaults):
     def abandon(self, handle: Handle) -> None:
         """Closes a round whose experts failed here: peers get nothing for the rows they sent, and are told so.
 
-        Blocks as ``combine`` does. The other ranks and later rounds are not affected.
+        Blocks as ``combine`` does. The other ranks and later rounds are not affected. Not capturable.
+
+        Raises:
+            ValueError, TypeError: ``handle`` is of another buffer, or none.
+            RuntimeError: its round is not open any more.
+            RankEvictedError, QuorumLostError, ClosedError: this rank may not go on.
         """
         check_is_handle(handle)
         round_number, *_ = self._check_handle(handle.tensor)
@@ -360,7 +384,19 @@ class Buffer(Halves, Collectives, LendsMemory, Membership, PlantedFaults):
         return [SourceStats(rank, *(ns / 1000 for ns in line[:3]), *line[3:]) for rank, line in lines]
 
     def set_timeouts(self, rank: int, silence_ms: int | None = None, stall_ms: int | None = None) -> None:
-        """Changes how long this rank bears with ``rank``, at once; ``None`` leaves a value as it is."""
+        """Changes how long this rank bears with ``rank``, at once. Not collective, does not block.
+
+        It says nothing of how long the others bear with ``rank``: call it on each of them. A ``rejoin`` of this rank
+        brings back what ``config`` has.
+
+        Args:
+            rank: the peer that is waited for.
+            silence_ms: as in ``Config``, ``4 * config.beat_ms`` to a day; ``None`` leaves the value as it is.
+            stall_ms: as in ``Config``, 1 to a day; ``None`` leaves the value as it is.
+
+        Raises:
+            TypeError, ValueError: naming the argument; nothing is changed then.
+        """
         if not 0 <= as_whole_number("rank", rank) < self.num_ranks:
             raise ValueError(f"rank is {rank}; give a number from 0 to {self.num_ranks - 1}")
         # A shorter silence could not be measured: see Config.

@@ -96,11 +96,13 @@ class Config:
         max_num_ranks: ranks that the group may grow to; windows, masks and placement have room for them from the
             start, and those beyond the ranks that construct the group are not active until they join. ``None``: no more
             than construct it.
-        join_hold_ms: how long ``begin_step`` waits at most for a change of membership that stands at a step start.
+        join_hold_ms: how long ``begin_step`` waits at most until all have agreed on a change of membership that stands
+            at a step start; once they have, it waits until the view is decided.
         agreement: who decides between proposals for a view. ``"windows"``: the members, over their shared memory,
             without a leader or a store; ``"store"``: the group's store, by ``compare_set``; while that is gone, views
             cannot change.
-        num_spare_partitions: landing room on each rank, per host, kept for ranks that come back, 0 to 64.
+        num_spare_partitions: partitions of each rank's window beyond one a rank, 0 to 64: landing room for ranks that
+            come back. Each costs every rank up to a partition of memory (``fault-a2a doctor --window``).
         max_collective_bytes: the most that ``all_gather`` and ``all_reduce`` take of a rank, 8 to 524287; twice so much
             is kept in every partition.
         num_chunk_tokens: windows hold so many tokens of each rank (twice, if there are more); a longer batch travels

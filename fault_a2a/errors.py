@@ -46,10 +46,24 @@ class ConstructError(FaultA2AError):
     )
 
 
+class JoinError(ConstructError):
+    """A process did not come into a group that runs, which goes on without it."""
+
+    # Not its parent's: an operator who does what that says restarts every healthy rank.
+    next_step = (
+        "The ranks that run are not affected: leave them alone. Check that each of them calls buffer.begin_step(), and "
+        "that the newcomer has their Config, store, host, user and PID namespace; then start only the newcomer again, "
+        "with join=True (vLLM: FAULT_A2A_JOIN=1), or call its buffer.rejoin()."
+    )
+
+
 class ClosedError(FaultA2AError):
     """A call on a buffer after its ``close()``."""
 
-    next_step = "Construct a new Buffer: a closed one cannot be opened again."
+    next_step = (
+        "Call buffer.rejoin() to come back to a group that goes on; construct a new Buffer only together with all "
+        "other ranks."
+    )
 
 
 def _closed(sentence: str) -> str:

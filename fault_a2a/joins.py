@@ -10,7 +10,7 @@ from typing import Any
 from fault_a2a._core import core
 from fault_a2a.config import Config
 from fault_a2a.core_fields import core_fields
-from fault_a2a.errors import ConstructError, RankEvictedError
+from fault_a2a.errors import JoinError
 from fault_a2a.gpu import device_of, gpu_fields, of_several_hosts
 from fault_a2a.group import Group, host_of_this_process
 
@@ -60,7 +60,7 @@ class WayIn:
         pid: of this process.
 
     Raises:
-        ConstructError: no member can be found, or they do not fit this process.
+        JoinError: no member can be found, or they do not fit this process.
     """
 
     def __init__(self, group: Group, config: Config, num_ranks: int, pid: int, deadline: float) -> None:
@@ -73,15 +73,15 @@ class WayIn:
         try:
             self.endpoint.create_newcomer()
         except RuntimeError as error:
-            raise ConstructError(str(error)) from error
+            raise JoinError(str(error)) from error
         tell_life(self.group, self.endpoint, pid, self.compared)
 
     def go(self) -> None:
         """Blocks until a view with this life is decided, or ``deadline``. The endpoint serves then.
 
         Raises:
-            ConstructError: the members did not let it in in time; the message says what was missing.
-            RankEvictedError: they did, and out again before it could begin.
+            JoinError: the members did not let it in in time, and the message says what was missing; or they did, and
+                evicted it before it could begin. Not a ``RankEvictedError``: there may be no buffer to rejoin with.
         """
         missing = ""
         while time.monotonic() < self.deadline:
@@ -90,7 +90,7 @@ class WayIn:
                 self.endpoint.serve_as_newcomer()
                 return
             if stage == "out":
-                raise RankEvictedError(f"rank {self.group.rank} was let in and evicted before it could begin.")
+                raise JoinError(f"rank {self.group.rank} was let in and evicted before it could begin.")
             if stage == "no_members":
                 missing = f"rank {self.group.rank} is still in the newest view that can be found"
                 self._open_all()
@@ -100,7 +100,7 @@ class WayIn:
             else:
                 missing = "the members came to no step start together; all of them must call buffer.begin_step()"
             time.sleep(_LOOK_S if stage == "waits" else _LONG_LOOK_S)
-        raise ConstructError(f"rank {self.group.rank} was not let in by group '{self.group.name}' in time: {missing}")
+        raise JoinError(f"rank {self.group.rank} was not let in by group '{self.group.name}' in time: {missing}")
 
     def _first_member(self, group: Group) -> Member:
         while True:
@@ -109,7 +109,7 @@ class WayIn:
                 if member is not None:
                     return member
             if time.monotonic() >= self.deadline:
-                raise ConstructError(f"nobody of group '{group.name}' has told of itself on this store")
+                raise JoinError(f"nobody of group '{group.name}' has told of itself on this store")
             time.sleep(_LONG_LOOK_S)
 
     def _life(self, group: Group, rank: int) -> Member | None:
@@ -118,15 +118,15 @@ class WayIn:
                 return None
             member = Member(**json.loads(bytes(group.store.get(_key(group, rank))).decode()))
         except RuntimeError as error:
-            raise ConstructError(f"group '{group.name}' lost its store while a rank joined ({error}).") from error
+            raise JoinError(f"group '{group.name}' lost its store while a rank joined ({error}).") from error
         if member.host != host_of_this_process():
-            raise ConstructError(
+            raise JoinError(
                 f"group: rank {rank} is on another host or sees another /dev/shm; a newcomer must run beside members."
                 + of_several_hosts(self.config.backend, device_of(self.config.backend))
             )
         for name, value in self.compared.items():
             if member.config.get(name) != value:
-                raise ConstructError(
+                raise JoinError(
                     f"rank {rank} was built with another Config: {name} is {member.config.get(name)} there and "
                     f"{value} here"
                 )
@@ -143,4 +143,4 @@ class WayIn:
         try:  # of a process that is gone there is nothing to open, and nothing to wait for
             self.endpoint.open_member(rank, member.pid, member.page_fd, member.incarnation)
         except RuntimeError as error:
-            raise ConstructError(str(error)) from error
+            raise JoinError(str(error)) from error

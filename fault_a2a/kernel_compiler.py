@@ -74,7 +74,10 @@ def compile_kernels(
         raise ValueError(f"variant: {variant!r} is no dtype of rows; pass {', '.join(VARIANTS)}.")
     library = library or nvrtc.load()
     if library is None:
-        raise RuntimeError("no libnvrtc: install fault_a2a[cuda13], fault_a2a[cuda12] or a CUDA toolkit that has it.")
+        raise RuntimeError(
+            "no libnvrtc: run `pip install 'fault_a2a[cuda13]'` (or 'fault_a2a[cuda12]'), or install a CUDA toolkit "
+            "that has it."
+        )
     folder = cache or cache_folder()
     return [_compile_file(library, name, arch, variant, folder) for name in KERNELS]
 

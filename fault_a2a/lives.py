@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from fault_a2a.config import Config
+from fault_a2a.errors import ClosedError
 from fault_a2a.group import Group
 from fault_a2a.joins import tell_life
 from fault_a2a.membership import Evidence, View
@@ -58,25 +59,34 @@ class Membership:
         """Marks a step start, and returns the view in which the step begins.
 
         Ranks join, and leave as planned, only here. Every rank calls it at the same rounds, none of them open. Costs
-        next to nothing but when such a change stands: then it blocks until all members have come here and decided, at
-        most ``config.join_hold_ms``, or not at all if one of them is past this step start. Not capturable.
+        next to nothing but when such a change stands: then it blocks until all members have come here and agreed on the
+        change, at most ``config.join_hold_ms``, or not at all if one of them is past this step start. Once all have
+        agreed it blocks until the view is decided, or raises ``QuorumLostError`` after ``agreement_timeout_ms``. Not
+        capturable.
 
         With ``backend="cuda"`` windows are swapped here, also those of ranks that have gone since the last step start.
         When there is one to swap it waits for the device; no other thread may launch or replay rounds meanwhile.
 
         Raises:
-            RuntimeError: a round is open.
-            RankEvictedError, QuorumLostError, ClosedError: this rank may not go on.
+            RuntimeError: a round or a collective is open.
+            RankEvictedError, QuorumLostError, ClosedError: this rank may not go on. ``ClosedError`` also where it had
+                called ``leave`` before, in vain, and the others let it go only now: it is out, and closed.
         """
         self._check_open()
-        self._raise_for(self.verbs.begin_step()[0])
+        status, is_out = self.verbs.begin_step()
+        self._raise_for(status)
+        if is_out:  # the wish of a leave() that was in vain still stood
+            self.close()
+            raise ClosedError(f"rank {self.rank} had asked to leave, and is out of the group.")
         return self.view
 
     def leave(self) -> bool:
         """In the place of ``begin_step``: leaves the group without any loss. True: this rank is out, and closed.
 
-        False: the others were past this step start already. Run the step, and call it again before the next one.
-        Blocks as ``begin_step`` does, and raises what it raises. The rank's experts are unroutable afterwards.
+        False: it did not come to that here, because others were past this step start already, did not come to it within
+        ``config.join_hold_ms``, or had another change to agree on first. The wish stands: run the step, and call
+        ``leave`` again before the next one. Blocks as ``begin_step`` does, and raises what it raises. The rank's
+        experts are unroutable afterwards.
         """
         self._check_open()
         self.core.ask_to_leave()
@@ -94,8 +104,8 @@ class Membership:
         rank; handles of its former life are void.
 
         Raises:
-            RuntimeError: this rank is in the group.
-            ConstructError: the members did not let it in in time.
+            RuntimeError: this rank is in the group, or is a virtual one.
+            JoinError: the members did not let it in in time, or evicted it again before it could begin.
         """
         if self.group.fabric is not None:
             raise RuntimeError("rejoin: virtual ranks cannot come back; construct the group anew")

@@ -27,7 +27,8 @@ EVENTS = {
     "peer_suspected": LogEvent(
         logging.WARNING,
         "rank {peer} is suspected by rank {rank} in epoch {epoch}: {evidence}",
-        "nothing: the group decides within the settle time; the runbook says what this evidence means",
+        "nothing: the group decides within settle_ms, after a stall at most half of the shorter of stall_ms and "
+        "agreement_timeout_ms later; the runbook says what this evidence means",
     ),
     "ranks_evicted": LogEvent(
         logging.WARNING,
@@ -37,7 +38,8 @@ EVENTS = {
     "evicted_here": LogEvent(
         logging.ERROR,
         "rank {rank} was left out of epoch {epoch}: {reason}",
-        "end this process and start it again; the other ranks go on",
+        "call buffer.rejoin(), or end this process and start it with join=True under the same rank number (vLLM: "
+        "FAULT_A2A_JOIN=1); a start without join waits for all ranks and fails; the other ranks go on",
     ),
     "quorum_lost": LogEvent(
         logging.ERROR,

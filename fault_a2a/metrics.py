@@ -1,4 +1,4 @@
-"""Prometheus metrics of one rank's buffers; needs prometheus-client (``pip install fault_a2a[metrics]``).
+"""Prometheus metrics of one rank's buffers; needs prometheus-client (``pip install 'fault_a2a[metrics]'``).
 
 Nothing is counted on the way of a round: a scrape reads what the core has anyway.
 """
@@ -20,7 +20,7 @@ def _prometheus() -> Any:
     try:
         import prometheus_client.core
     except ImportError as error:
-        raise ImportError("metrics need prometheus-client; pip install fault_a2a[metrics]") from error
+        raise ImportError("metrics need prometheus-client; run `pip install 'fault_a2a[metrics]'`") from error
     return prometheus_client
 
 
@@ -74,6 +74,7 @@ class Metrics:
             for one in evidence:
                 suspicions[one.kind] = suspicions.get(one.kind, 0) + 1
                 if one.kind in _BEATLESS:
+                    # The beat as it stands now: the core keeps no older one. A later one than the evidence makes 0.
                     beat_ns = buffer.core.last_beat_ns(one.rank)
                     detect.setdefault(one.kind, []).append(max(one.at_ns - beat_ns, 0) / 1e9)
             agree += _agreed_after_s(buffer)
@@ -85,7 +86,7 @@ class Metrics:
         yield counter
         histogram = self._core.HistogramMetricFamily(
             "fault_a2a_detect_seconds",
-            "From the last beat of a rank to this rank's evidence against it",
+            "From the last beat of a rank to this rank's evidence against it; 0 once it beats again or is replaced",
             labels=["rank", "evidence"],
         )
         for kind, seconds in sorted(detect.items()):

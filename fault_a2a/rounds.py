@@ -50,7 +50,7 @@ def verbs_for(backend: str, endpoint: Any, fields: dict[str, Any]) -> Verbs:
         import triton  # noqa: F401
     except ImportError as error:
         raise ImportError(
-            'backend: "triton" needs Triton; run `pip install fault_a2a[triton]`, or pass "cpu".'
+            "backend: 'triton' needs Triton; run `pip install 'fault_a2a[triton]'`, or pass 'cpu'."
         ) from error
     from fault_a2a.kernels.triton.rank import Rank
 
@@ -144,8 +144,8 @@ class SourceStats:
 class RecvHook:
     """The receiving half of a ``dispatch`` or ``combine``: call it once, before what it fills is read.
 
-    Blocks as the whole call would. Until then the tensors that came with it hold nothing. Not for compiled code, nor
-    captured: a hook is a Python object.
+    Blocks as the whole call would. Until then the tensors that came with it hold nothing. Not for compiled code, since
+    a hook is a Python object; and no test captures calls with hooks in a graph.
     """
 
     def __init__(self, what: str, receive: Callable[[], None]) -> None:

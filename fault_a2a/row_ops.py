@@ -173,7 +173,7 @@ def _on_a_gpu(file: str, name: str) -> Callable[..., Any]:
             kernels = importlib.import_module(f"fault_a2a.kernels.triton.{file}")
         except ImportError as error:
             raise ImportError(
-                f"fault_a2a::{name} on a GPU needs Triton; run `pip install fault_a2a[triton]`, or give CPU tensors"
+                f"fault_a2a::{name} on a GPU needs Triton; run `pip install 'fault_a2a[triton]'`, or give CPU tensors"
             ) from error
         if importlib.import_module("fault_a2a.kernels.triton.target").INTERPRETED:
             raise RuntimeError(f"fault_a2a::{name}: TRITON_INTERPRET=1 runs kernels on the CPU; unset it for a GPU")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fault_a2a.errors import ConstructError
+from fault_a2a.errors import ConstructError, JoinError
 from fault_a2a.group import Group
 from fault_a2a.integrations.rank_buffers import LayerShape, RankBuffers
 from tests.processes import Here
@@ -93,7 +93,7 @@ def one_that_does_not_come(here: Here) -> list[str]:
     try:
         step(buffers, SHAPES[:1])
         wrong.append("went on as if it had come")
-    except ConstructError as error:
+    except JoinError as error:
         if "ranks [2] were expected at this step start and did not come" not in str(error):
             wrong.append(str(error))
     if step(buffers, SHAPES[:1]) != [[DELIVERED, DELIVERED, UNROUTABLE, UNROUTABLE]]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -43,6 +45,15 @@ def test_every_machine_has_an_answer_and_every_refusal_a_reason() -> None:
         answer = choose(machine)
         assert why_not(answer, machine) == ""
         assert all(why_not(earlier, machine) for earlier in backends.ORDER[: backends.ORDER.index(answer)])
+
+
+def test_extras_are_quoted_in_what_people_copy() -> None:
+    """Some shells take brackets for a pattern, and say that nothing matches it."""
+    for machine, backend in ((changed(), "cuda"), (changed(has_triton=False), "triton")):
+        assert re.search(r"`pip install 'fault_a2a\[\w+\]'`", why_not(backend, machine))
+    package = Path(backends.__file__).parent
+    bare = re.compile(r"install fault_a2a\[")
+    assert [path.name for path in package.rglob("*.py") if bare.search(path.read_text(encoding="utf-8"))] == []
 
 
 def test_a_stream_is_not_sent_by_triton() -> None:

@@ -142,7 +142,7 @@ def test_refusals(cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     monkeypatch.setattr(nvrtc, "load", lambda: None)
     assert main(["compile", "--kernels", "cuda", "--json"]) == 1
     answer = json.loads(capsys.readouterr().out)
-    assert answer["rows"] == [] and "install fault_a2a[cuda13]" in answer["why"]
+    assert answer["rows"] == [] and "install 'fault_a2a[cuda13]'" in answer["why"]
 
 
 # --- both kinds of kernels

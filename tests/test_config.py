@@ -176,7 +176,8 @@ def test_rows_must_be_countable_in_an_int32():
 
 
 @pytest.mark.parametrize(
-    "kind", [errors.RankEvictedError, errors.QuorumLostError, errors.ConstructError, errors.ClosedError]
+    "kind",
+    [errors.RankEvictedError, errors.QuorumLostError, errors.ConstructError, errors.JoinError, errors.ClosedError],
 )
 def test_errors_end_with_what_to_do_next(kind):
     error = kind("Rank 3 did not answer")

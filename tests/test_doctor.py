@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -10,6 +11,8 @@ import pytest
 import torch
 
 import fault_a2a
+from fault_a2a import nvrtc
+from fault_a2a.backends import Machine
 from fault_a2a.cli import doctor
 from fault_a2a.config import Config
 from fault_a2a.core_fields import window_bytes
@@ -38,8 +41,37 @@ def test_it_says_what_runs_here_and_what_does_not(answer):
     assert answer["backends"]["cpu"]["available"]
     cuda = answer["backends"]["cuda"]
     assert ("devices are here" if cuda["available"] else "run on a GPU") in cuda["why"]
+    assert cuda["available"] or ("kernels compile here" in cuda["why"]) is (nvrtc.load() is not None)
     triton = answer["backends"]["triton"]
     assert ("interpreter" if triton["available"] else "not installed") in triton["why"]
+
+
+GPU = Machine(gpu="NVIDIA GH200", compiles_cuda=True, reaches_host=True, has_triton=True, interprets=False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "available", "why"),
+    [
+        ({}, True, "on NVIDIA GH200; this release has not been run on a GPU"),
+        ({"interprets": True}, True, "in its interpreter on the CPU"),
+        ({"reaches_host": False}, False, "cannot reach by the host's addresses"),
+    ],
+)
+def test_what_triton_runs_on_beside_a_gpu(monkeypatch, changes, available, why):
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: object())
+    found = doctor._triton(dataclasses.replace(GPU, **changes))
+    assert found["available"] is available and why in found["why"]
+
+
+def test_kernels_of_cuda_need_a_compiler(monkeypatch):
+    monkeypatch.setattr(doctor, "_gpus", lambda: ("1 devices are here: NVIDIA GH200", True))
+    assert doctor._cuda(GPU)["available"]
+    found = doctor._cuda(dataclasses.replace(GPU, compiles_cuda=False))
+    assert not found["available"] and "need NVRTC to compile (`pip install 'fault_a2a[cuda13]'`)" in found["why"]
+    monkeypatch.setattr(doctor, "_gpus", lambda: ("no device", False))
+    for library, why in ((None, "kernels need NVRTC"), (object(), "kernels compile here (fault-a2a compile)")):
+        monkeypatch.setattr(doctor.nvrtc, "load", lambda library=library: library)
+        assert why in doctor._cuda(None)["why"]
 
 
 def test_the_machine(answer):
@@ -80,14 +112,17 @@ def test_for_people():
     assert "without recv.x; 5 partitions, 1 of them spare" in done.stdout and "recv.x" in done.stdout
 
 
-@pytest.mark.parametrize("options", [["--topk", "999"], ["--ranks", "0"], ["--hidden", "7"]])
+@pytest.mark.parametrize(
+    "options", [["--topk", "999"], ["--ranks", "0"], ["--hidden", "7"], ["--tokens", "0"], ["--spare-partitions", "99"]]
+)
 def test_a_shape_that_cannot_be_is_refused(options, capsys, monkeypatch):
     monkeypatch.setattr(doctor, "examine", lambda: {"backends": {"cpu": {"available": True}}})
     from fault_a2a.cli.main import main
 
     with pytest.raises(SystemExit) as error:
         main(["doctor", "--window", *options])
-    assert error.value.code == 2 and "pass" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert error.value.code == 2 and "pass" in told and f"{options[0]} (" in told
 
 
 def test_without_the_core_it_says_what_to_do(monkeypatch, capsys):

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from fault_a2a import ConstructError, Group
+from fault_a2a import Group, JoinError
 from fault_a2a.integrations import notices
 from fault_a2a.integrations.rank_buffers import LayerShape, RankBuffers
 from tests import engine_arrivals
@@ -79,7 +79,7 @@ def test_a_rank_keeps_its_number_when_its_group_meets_elsewhere() -> None:
 
 def refusal_of(store: dist.Store) -> str:
     newcomer = RankBuffers(Group(store, 1, 2), joins=True, construct_timeout_ms=50)
-    with pytest.raises(ConstructError) as refused:
+    with pytest.raises(JoinError) as refused:
         newcomer.begin_step()
     return str(refused.value)
 

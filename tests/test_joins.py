@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 
 import pytest
 import torch.distributed as dist
 
 from fault_a2a.buffer import Buffer
-from fault_a2a.errors import ClosedError, ConstructError
+from fault_a2a.errors import ClosedError, JoinError
 from fault_a2a.group import Group
 from fault_a2a.testing.virtual import VirtualRanks
 from tests import join_scenarios as scenarios
@@ -73,10 +74,29 @@ def test_a_rank_alone_leaves_at_once(alone: Buffer) -> None:
         alone.begin_step()
 
 
+def test_a_leave_that_was_in_vain_does_not_come_about_in_silence() -> None:
+    with VirtualRanks(2, small(2, num_topk=2)) as ranks:
+        deadline = time.monotonic() + 20
+
+        def steps(buffer: Buffer) -> tuple[int, ...]:
+            if buffer.rank == 1:
+                buffer.core.ask_to_leave()  # what leave() has done when it returns False
+            while time.monotonic() < deadline and len(buffer.view.active_ranks) == 2:
+                buffer.begin_step()
+            return buffer.view.active_ranks
+
+        stays, leaves = ranks.run(steps)
+        assert stays == (0,)
+        assert isinstance(leaves, ClosedError) and "rank 1 had asked to leave, and is out" in str(leaves)
+        assert "buffer.rejoin()" in str(leaves)
+
+
 def test_a_newcomer_without_a_group_is_told_so() -> None:
     group = Group(dist.HashStore(), 0, 2)
-    with pytest.raises(ConstructError, match="nobody of group 'default' has told of itself on this store"):
+    with pytest.raises(JoinError, match="nobody of group 'default' has told of itself on this store") as refused:
         Buffer(group, small(2, construct_timeout_ms=50), join=True)
+    # Whoever reads it must not restart the ranks that run.
+    assert "leave them alone" in str(refused.value) and "on every rank" not in str(refused.value)
 
 
 @pytest.mark.parametrize("kills_one", [False, True])

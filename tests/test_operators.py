@@ -213,6 +213,12 @@ def log_calls(text: str) -> list[int]:
     ]
 
 
+def test_whoever_was_left_out_is_told_how_to_come_back(caplog: pytest.LogCaptureFixture) -> None:
+    tell("evicted_here", rank=2, epoch=1, reason="rank 2 evicted: silence")
+    for words in ("call buffer.rejoin(), or", "join=True under the same rank number", "FAULT_A2A_JOIN=1"):
+        assert words in caplog.text
+
+
 def test_nobody_logs_beside_the_table() -> None:
     for path in (ROOT / "fault_a2a").rglob("*.py"):
         if path.name != "log_events.py":

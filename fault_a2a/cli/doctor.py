@@ -15,9 +15,12 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fault_a2a import nvrtc
 from fault_a2a._version import __version__
+from fault_a2a.cli.words import named_by_option
 
 if TYPE_CHECKING:
+    from fault_a2a.backends import Machine
     from fault_a2a.config import Config
 
 _SHARED_MEMORY = Path("/dev/shm")
@@ -25,6 +28,9 @@ _SYS_FUTEX_WAITV = 449  # the same number on every architecture
 _PROBE_TIMEOUT_S = 5.0
 _MB = 1e6
 _DTYPES = {"bf16": "bfloat16", "bfloat16": "bfloat16", "fp32": "float32", "float32": "float32"}
+
+_GET_NVRTC = "`pip install 'fault_a2a[cuda13]'`"
+_NOT_RUN = "this release has not been run on a GPU before it came to you"
 
 Found = dict[str, Any]
 
@@ -55,7 +61,7 @@ def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         try:
             answer["window"] = _window(args)
         except (ValueError, TypeError) as error:
-            parser.error(str(error))
+            parser.error(named_by_option(str(error), {"num_spare_partitions": "--spare-partitions"}))
     print(json.dumps(answer) if args.json else "\n".join(_lines(answer)))
     return 0 if answer["backends"]["cpu"]["available"] else 1
 
@@ -77,8 +83,9 @@ def examine() -> Found:
         exit_evidence = _probe_exit_evidence()
     machine["exit_evidence"] = exit_evidence
     machine["gpu_windows"] = _gpu_windows(core_why)
-    backends = {"cpu": _cpu(core_why, machine), "triton": _triton(), "cuda": _cuda()}
-    answer = {"version": __version__, "backends": backends, "auto": _auto()}
+    chips, unknown_why = _this_machine()
+    backends = {"cpu": _cpu(core_why, machine), "triton": _triton(chips), "cuda": _cuda(chips)}
+    answer = {"version": __version__, "backends": backends, "auto": _auto(chips, unknown_why)}
     return {**answer, "machine": machine, "advice": _advice(machine)}
 
 
@@ -105,30 +112,47 @@ def _cpu(core_why: str, machine: Found) -> Found:
     }
 
 
-def _triton() -> Found:
+def _triton(machine: Machine | None) -> Found:
     if not importlib.util.find_spec("triton"):
-        return {"available": False, "why": 'triton is not installed; pip install "fault_a2a[triton]"'}
-    why = f"triton {_version_of('triton')}, in its interpreter on the CPU (slow: for tests); no GPU is used yet"
-    return {"available": True, "why": why}
+        return {"available": False, "why": "triton is not installed; run `pip install 'fault_a2a[triton]'`"}
+    name = f"triton {_version_of('triton')}"
+    if machine is None or machine.interprets:
+        return {"available": True, "why": f"{name}, in its interpreter on the CPU (slow: for tests)"}
+    from fault_a2a.backends import why_not
+
+    if why := why_not("triton", machine):
+        return {"available": False, "why": f"{name}, but {why}"}
+    return {"available": True, "why": f"{name} on {machine.gpu}; {_NOT_RUN}"}
 
 
-def _cuda() -> Found:
+def _cuda(machine: Machine | None) -> Found:
     gpus, found = _gpus()
-    if not found:
-        return {"available": False, "why": f"kernels compile here (fault-a2a compile) and run on a GPU; {gpus}"}
-    return {"available": True, "why": f"{gpus}; this release has not been run on a GPU before it came to you"}
+    if not found or machine is None:
+        compiler = "compile here (fault-a2a compile)" if nvrtc.load() else f"need NVRTC to compile ({_GET_NVRTC})"
+        return {"available": False, "why": f"kernels {compiler} and run on a GPU; {gpus}"}
+    if not machine.compiles_cuda:
+        return {"available": False, "why": f"{gpus}; kernels need NVRTC to compile ({_GET_NVRTC})"}
+    return {"available": True, "why": f"{gpus}; {_NOT_RUN}"}
 
 
-def _auto() -> Found:
+def _auto(machine: Machine | None, unknown_why: str) -> Found:
     """What ``Config(backend="auto")`` is here, and why it is none of those before it."""
-    try:
-        from fault_a2a.backends import ORDER, choose, this_machine, why_not
-    except ImportError as error:
-        return {"backend": None, "why": str(error)}
-    machine = this_machine()
+    if machine is None:
+        return {"backend": None, "why": unknown_why}
+    from fault_a2a.backends import ORDER, choose, why_not
+
     chosen = choose(machine)
     passed = [f"{backend}: {why_not(backend, machine)}" for backend in ORDER[: ORDER.index(chosen)]]
     return {"backend": chosen, "why": "; ".join(passed) or "the first choice"}
+
+
+def _this_machine() -> tuple[Machine | None, str]:
+    """What the choice of kernels rests on, or why that cannot be found out."""
+    try:
+        from fault_a2a.backends import this_machine
+    except ImportError as error:
+        return None, str(error)
+    return this_machine(), ""
 
 
 def _gpus() -> tuple[str, bool]:

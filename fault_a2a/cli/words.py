@@ -1,13 +1,30 @@
-"""What `bench` and the benchmarks have in common: options of several values, a count of turns, lines of a record."""
+"""What commands and benchmarks have in common: options of several values, errors that name them, counts, records."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+# The fields that Config's errors name, and the options that set them in most commands.
+OPTION_OF_FIELD = {
+    "num_ranks": "--ranks",
+    "num_experts": "--experts",
+    "hidden": "--hidden",
+    "num_topk": "--topk",
+    "num_max_tokens_per_rank": "--tokens",
+    "placement": "--experts",
+    "backend": "--backend",
+}
+
+
+def named_by_option(text: str, others: Mapping[str, str] | None = None) -> str:
+    """An error of ``Config`` with the option that its field came from in front. ``others``: further fields' options."""
+    option = {**OPTION_OF_FIELD, **(others or {})}.get(text.split(":", 1)[0])
+    return text if option is None else f"{option} ({text})"
 
 
 def whole_number(text: str) -> int:

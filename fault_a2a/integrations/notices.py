@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fault_a2a.errors import ConstructError
+from fault_a2a.errors import JoinError
 from fault_a2a.group import LONGEST_PAUSE_S, Group
 
 if TYPE_CHECKING:
@@ -39,20 +39,20 @@ def find_running(group: Group, num_ranks: int, deadline: float) -> Running:
     """What a member has told. Blocks until one has, at most until ``deadline``.
 
     Raises:
-        ConstructError: none did.
+        JoinError: none did.
     """
     keys = [_key(group, "running", rank) for rank in range(num_ranks) if rank != group.rank]
     while True:
         try:
             told = next((group.store.get(key) for key in keys if group.store.check([key])), None)
         except RuntimeError as error:  # the store's own errors are
-            raise ConstructError(f"group '{group.name}' lost its store while a rank joined ({error}).") from error
+            raise JoinError(f"group '{group.name}' lost its store while a rank joined ({error}).") from error
         if told is not None:
             fields = json.loads(bytes(told).decode())
             shapes = [{**shape, "dtype": getattr(torch, shape["dtype"])} for shape in fields["shapes"]]
             return Running(fields["num_ranks"], shapes)
         if time.monotonic() >= deadline:
-            raise ConstructError(
+            raise JoinError(
                 f"nobody of group '{group.name}' has told of its buffers on this store; its members must have run a "
                 "layer, and have been told of a store that they do not share with the newcomer (stage_ep_size)"
             )

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from fault_a2a.buffer import Buffer
 from fault_a2a.config import DEFAULT_CHUNK_TOKENS, Config
-from fault_a2a.errors import ConstructError
+from fault_a2a.errors import JoinError
 from fault_a2a.group import Group, as_group
 from fault_a2a.integrations import notices
 from fault_a2a.rounds import Handle, Outcome, Received, RecvHook
@@ -320,7 +320,7 @@ class RankBuffers:
         joins until it is in, at most ``construct_timeout_ms``. Not capturable.
 
         Raises:
-            ConstructError: a rank that was expected did not come, or this one was not let in.
+            JoinError: a rank that was expected did not come, or this one was not let in.
             RuntimeError, RankEvictedError, QuorumLostError, ClosedError: as ``Buffer.begin_step``.
         """
         if self.warms_up:
@@ -408,9 +408,9 @@ class RankBuffers:
             if self._expected and time.monotonic() >= deadline:
                 missing, self._expected = sorted({one.rank for one in self._expected}), []
                 self._tell_expected()
-                raise ConstructError(
-                    f"ranks {missing} were expected at this step start and did not come; start them again, or restart "
-                    "the group"
+                raise JoinError(
+                    f"ranks {missing} were expected at this step start and did not come; from the next one on nobody "
+                    "waits for them until they are announced again"
                 )
             for buffer in {id(one.buffer): one.buffer for one in self._expected}.values():
                 self._begin_step_of(buffer)
@@ -439,14 +439,14 @@ class RankBuffers:
         deadline = self._deadline("construct_timeout_ms")
         running = notices.find_running(self.group, self.num_ranks, deadline)
         if running.num_ranks != self.num_ranks:
-            raise ConstructError(
+            raise JoinError(
                 f"the group has room for {running.num_ranks} ranks, and this process was told of {self.num_ranks}; "
                 "start it with the members' own settings"
             )
         # Whoever is not waited for comes into one buffer in one step and into the next in another.
         while len(running.shapes) > 1 and not self._is_expected_by_others():
             if time.monotonic() >= deadline:
-                raise ConstructError(
+                raise JoinError(
                     f"the layers of this group have {len(running.shapes)} shapes, and no member waits for rank "
                     f"{self.rank}; let the engine commit its coming on every member (commit_ep_size)"
                 )

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from fault_a2a.cli.drill.faults import DEFAULT_PHASE, KINDS, Fault, add_fault_options, parse_faults
 from fault_a2a.cli.drill.plan import read_plan
+from fault_a2a.cli.words import named_by_option
 
 if TYPE_CHECKING:
     from fault_a2a.config import Config
@@ -159,7 +160,8 @@ def add_arguments(parser: LateHelpParser) -> None:
         "--backend",
         default="cpu",
         metavar="NAME[,NAME]",
-        help="who runs the kernels, the ranks in turn: cpu, cuda, triton, or cuda-host: CUDA's, on a CPU (%(default)s)",
+        help="who runs the kernels, the ranks in turn: cpu, cuda, triton, auto, or cuda-host: CUDA's, on a CPU "
+        "(%(default)s)",
     )
     size.add_argument("--text", metavar="FILE", help="where the tokens come from (the project's README)")
     size.add_argument("--seed", type=int, default=0, metavar="N", help="of all that is random (%(default)s)")
@@ -191,8 +193,9 @@ def add_arguments(parser: LateHelpParser) -> None:
     )
     timeouts = parser.add_argument_group("timeouts, in milliseconds")
     for name, (default, text) in _TIMEOUTS.items():
-        option = "--" + name.replace("_timeout_ms", "_ms").replace("_", "-")
-        timeouts.add_argument(option, type=int, default=default, metavar="MS", dest=name, help=f"{text} (%(default)s)")
+        timeouts.add_argument(
+            _timeout_option(name), type=int, default=default, metavar="MS", dest=name, help=f"{text} (%(default)s)"
+        )
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout, and nothing else")
     parser.add_argument(
         "--timeline",
@@ -203,6 +206,10 @@ def add_arguments(parser: LateHelpParser) -> None:
     parser.add_argument("--without-guard", action="append", default=[], metavar="NAME", help=argparse.SUPPRESS)
     for name in _LATER:
         parser.add_argument(f"--{name}", nargs="?", const="", help=argparse.SUPPRESS)
+
+
+def _timeout_option(field: str) -> str:
+    return "--" + field.replace("_timeout_ms", "_ms").replace("_", "-")
 
 
 def read_drill(args: argparse.Namespace) -> Drill:
@@ -218,8 +225,7 @@ def read_drill(args: argparse.Namespace) -> Drill:
     for backend in backends:
         if backend not in _BACKENDS:
             raise ValueError(
-                f"--backend {args.backend}: kernels for {backend!r} come with a later release; "
-                f"pass {' or '.join(_BACKENDS)}."
+                f"--backend {args.backend}: {backend!r} is not known; pass some of {', '.join(_BACKENDS)}."
             )
     for name, least in (("ranks", 1), ("steps", 1), ("tokens", 0), ("judge_later", 0)):
         if getattr(args, name) < least:
@@ -242,8 +248,12 @@ def read_drill(args: argparse.Namespace) -> Drill:
         members=members,
         **{name: getattr(args, name) for name in _PLAIN},
     )
-    for rank in range(drill.ranks):  # sizes that do not fit are refused here, not by eight processes
-        drill.config(rank).placement_for(drill.ranks)
+    try:
+        for rank in range(drill.ranks):  # sizes that do not fit are refused here, not by eight processes
+            drill.config(rank).placement_for(drill.ranks)
+    except ValueError as error:
+        timeouts = {name: _timeout_option(name) for name in _TIMEOUTS}
+        raise ValueError(named_by_option(str(error), {"num_chunk_tokens": "--chunk-tokens", **timeouts})) from None
     return drill
 
 

@@ -25,7 +25,7 @@ class FaultA2APrepareAndFinalize(mk.FusedMoEPrepareAndFinalizeModular):
 
     ``prepare`` and ``finalize`` block until every active rank's rows are here or its loss is certain; a dead rank
     raises nothing. ``prepare_async`` and ``finalize_async`` only send; the hook that they return receives. Every rank
-    must run its layers in the same order. Runs eagerly on the CPU; not run on a GPU, and not captured.
+    must run its layers in the same order. Run eagerly on the CPU; neither run on a GPU nor captured in a graph so far.
 
     Args:
         buffers: what the all-to-all manager's ``get_handle`` returned.
