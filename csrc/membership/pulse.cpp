@@ -145,9 +145,9 @@ bool Pulse::is_held_back(i32 rank, u64 progress) {
   return is_suspended || comes_on || !is_missed_by_another(rank) || !guarded(guard_late_promise);
 }
 
-// Whoever reads a promise accuses nobody, so a stall that somebody accuses this rank of is older than its promise. Those
-// who come to wait a little later than that one would otherwise never say so too, and it would go alone, being fewer
-// than those it misses. What the dead said stands for ever, and is not counted.
+// Whoever reads a promise accuses nobody, so a stall that somebody accuses this rank of is older than its promise.
+// Those who come to wait a little later than that one would otherwise never say so too, and it would go alone, being
+// fewer than those it misses. What the dead said stands for ever, and is not counted.
 bool Pulse::is_missed_by_another(i32 rank) const {
   const View& view = newest_view(state_.ring);
   const u64 stall = pack_accusation(view.epoch, Evidence::stall);

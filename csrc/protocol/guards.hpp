@@ -54,7 +54,7 @@ namespace fa2a {
   X(looked_again)         /* nobody goes for an accusation that it had no time to take back    */ \
   X(found_first)          /* an accusation is as old as the turn after the one that finds it   */ \
   X(late_waiters)         /* nobody goes first for a stall that others have yet to miss        */ \
-  X(late_promise)         /* a promise given after a stall was missed excuses nobody from it      */ \
+  X(late_promise)         /* a promise excuses nobody from a stall that was missed before it  */  \
   X(stall_awake)          /* whoever did not beat meanwhile did not stall                      */ \
   X(taken_back)           /* whom a view takes back has the whole stall_ms again               */ \
   X(decided_leave)        /* a rank that left as was decided is not accused of it              */ \

@@ -116,8 +116,8 @@ FA2A_HD constexpr u64 fresh_word(u64 first_round, u32 parity) {
 }
 
 // What only streams store would be as old as the last stream, and read as ahead once that is half the range of rounds
-// ago: a stream after an hour of decode steps would be refused, and lost. So its writer stores it anew this often, where
-// it may begin a stream; half as often would do, if none ever missed its turn for want of consent.
+// ago: a stream after an hour of decode steps would be refused, and lost. So its writer stores it anew this often,
+// where it may begin a stream; half as often would do, if none ever missed its turn for want of consent.
 FA2A_HD constexpr bool freshens(u64 round) { return round % (1ull << 21) < 2; }  // one of each parity
 
 // `progress`: where a rank is, stored at phase changes and, the tick, while it waits.
