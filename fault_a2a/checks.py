@@ -11,6 +11,7 @@ from fault_a2a.config import Config
 
 INDEX_DTYPES = (torch.int64, torch.int32)
 CPU = torch.device("cpu")
+VECTOR_BYTES = 16  # `Vector16` in kernels/cuda: rows that are summed are read and written by as many
 
 
 def check_kind(name: str, tensor: Any, device: torch.device = CPU) -> None:
@@ -59,6 +60,15 @@ def check_form(name: str, tensor: torch.Tensor, dtypes: tuple[torch.dtype, ...],
         raise ValueError(f"{name} is not contiguous (strides {tensor.stride()}); give {name}.contiguous()")
 
 
+def check_aligned(config: Config, name: str, tensor: torch.Tensor) -> None:
+    """Before a GPU finds out: a misaligned access there ends CUDA for the whole process."""
+    if config.backend in ("cuda", "cuda-host") and tensor.data_ptr() % VECTOR_BYTES:
+        raise ValueError(
+            f"{name} begins at element {tensor.storage_offset()} of its memory, whose address is no multiple of "
+            f"{VECTOR_BYTES} bytes as backend={config.backend!r} needs it; give {name}.clone()"
+        )
+
+
 def check_kinds(device: torch.device, **tensors: Any) -> None:
     for name, tensor in tensors.items():
         check_kind(name, tensor, device)
@@ -100,6 +110,8 @@ def check_expert_rows(
         # Compiled callers hand back the whole of recv.x, others the received rows.
         rows = y.shape[0] if y.dim() == 2 and y.shape[0] == recv_shape[0] else num_received
         check_tensor("y", y, (config.dtype,), [rows, config.hidden], device)
+    if config.reduce == "expert":  # else rows are copied, which any address will do for
+        check_aligned(config, "y", y)
 
 
 def check_sums(
@@ -112,6 +124,7 @@ def check_sums(
     """What a caller of combine brings to have its sums written into, and weighted with."""
     if out is not None:
         check_tensor("out", out, (config.dtype,), [num_tokens, config.hidden], device)
+        check_aligned(config, "out", out)
     if topk_weights is None:
         return
     if config.reduce != "owner" or config.weights_at != "owner":
