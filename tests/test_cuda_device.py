@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from fault_a2a import gpu
+from fault_a2a import backends, gpu
 from fault_a2a.checks import check_kind, check_kinds
 from fault_a2a.config import Config
 from fault_a2a.kernels.cuda import rank as cuda_rank
-from fault_a2a.testing.virtual import run_threads
+from fault_a2a.testing import virtual
+from fault_a2a.testing.virtual import VirtualRanks, run_threads
+from tests.drills import ROOT
 from tests.graphs import CudaGraph
 
+CONFIG = Config(num_experts=2, hidden=8, num_topk=1, num_max_tokens_per_rank=1, backend="cuda")
 HERE, OTHER = torch.device("cuda", 1), torch.device("cuda", 0)
 
 
@@ -148,5 +156,68 @@ def test_a_buffers_device_is_the_current_one_when_it_is_made(monkeypatch: pytest
     with torch.cuda.device(HERE):
         device = gpu.device_of("cuda")
     assert device == HERE and cuda.current == OTHER
-    config = Config(num_experts=2, hidden=8, num_topk=1, num_max_tokens_per_rank=1, backend="cuda")
-    assert gpu.gpu_fields(config, device)["device"] == 1 and asked == [HERE]
+    assert gpu.gpu_fields(CONFIG, device)["device"] == 1 and asked == [HERE]
+
+
+# --- ranks that share a GPU
+
+
+@pytest.fixture
+def bare(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """An environment in which nobody has thought of CUDA."""
+    for name in (*virtual.CUDA_SETTINGS, "FAULT_A2A_TWIN_DRIVER"):
+        monkeypatch.setenv(name, "")  # so that it is as it was afterwards, whoever sets it meanwhile
+        monkeypatch.delenv(name)
+    return monkeypatch
+
+
+def settings() -> dict[str, str | None]:
+    return {name: os.environ.get(name) for name in virtual.CUDA_SETTINGS}
+
+
+def test_virtual_ranks_on_a_gpu_ask_for_queues_before_cuda_starts(bare: pytest.MonkeyPatch) -> None:
+    bare.setattr(torch.cuda, "is_initialized", lambda: False)
+    with VirtualRanks(1, replace(CONFIG, backend="cpu")):
+        assert settings() == dict.fromkeys(virtual.CUDA_SETTINGS), "ranks on the CPU leave the environment alone"
+    found: list[dict] = []
+    bare.setattr(virtual, "_stream_for", lambda backend: found.append(settings()))
+    bare.setattr(virtual, "Buffer", lambda group, config: None)
+    VirtualRanks(1, CONFIG)
+    assert found == [virtual.CUDA_SETTINGS]
+    bare.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "16")
+    VirtualRanks(1, CONFIG)
+    assert settings()["CUDA_DEVICE_MAX_CONNECTIONS"] == "16", "it was the user's choice"
+
+
+def test_they_warn_where_cuda_has_started_without(bare: pytest.MonkeyPatch) -> None:
+    bare.setattr(torch.cuda, "is_initialized", lambda: True)
+    bare.setenv("CUDA_MODULE_LOADING", "LAZY")
+    with pytest.warns(UserWarning, match=r"started without CUDA_DEVICE_MAX_CONNECTIONS=32 CUDA_MODULE_LOADING=EAGER"):
+        virtual.set_up_cuda()
+    for name, value in virtual.CUDA_SETTINGS.items():
+        bare.setenv(name, value)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        virtual.set_up_cuda()
+
+
+def test_ranks_whose_backend_is_left_open_have_streams_of_their_own(bare: pytest.MonkeyPatch) -> None:
+    here = backends.Machine(gpu="a GPU", compiles_cuda=True, reaches_host=False, has_triton=False, interprets=False)
+    bare.setattr(backends, "this_machine", lambda: here)
+    asked: list[str] = []
+    bare.setattr(virtual, "_stream_for", asked.append)
+    bare.setattr(virtual, "Buffer", lambda group, config: None)
+    VirtualRanks(2, replace(CONFIG, backend="auto"))
+    assert asked == ["cuda", "cuda"]
+
+
+def test_the_suite_asks_for_them_too() -> None:
+    program = (
+        "import os, tests.conftest; from fault_a2a.testing.virtual import CUDA_SETTINGS; "
+        "print(CUDA_SETTINGS.items() <= os.environ.items())"
+    )
+    env = {name: value for name, value in os.environ.items() if name not in virtual.CUDA_SETTINGS}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=env, capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout.strip() == "True", done.stderr
