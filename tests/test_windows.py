@@ -17,6 +17,7 @@ from fault_a2a.errors import ConstructError
 from fault_a2a.group import Group
 from fault_a2a.testing.virtual import VirtualRanks, run_threads
 from tests import window_scenarios as scenarios
+from tests.graphs import CapturedRounds
 from tests.rig import Checker, Tally, Work, raised
 from tests.test_conformance import wait_for_view
 from tests.window_scenarios import small, window_at
@@ -89,6 +90,42 @@ def test_a_buffer_that_is_closed_holds_nobodys_window() -> None:
         buffer.close()
         nobodys = [window_at(buffer, rank) for rank in (1, 2)]
         assert len(set(nobodys)) == 1 and not {*nobodys} & {*others, ""}
+
+
+def test_a_step_start_waits_for_the_rounds_that_a_graph_replays() -> None:
+    """Who reads a counter between two replays sees a round that is open, and the step start comes when it is done."""
+    config = small()
+    work = Work(config, 2, seed=2)
+    with VirtualRanks(2, config) as ranks:
+
+        def one(buffer: Buffer) -> Tally:
+            number, rounds = buffer.num_rounds, CapturedRounds(buffer, work, "twin")
+            rounds.dispatch(number)
+            assert buffer.num_rounds == number + 1, "it has begun"
+            core.hold_twin_launches(True)  # what follows is launched, and the device is not there yet
+            rounds.combine()
+            buffer.begin_step()
+            core.hold_twin_launches(False)
+            return Checker(buffer, work).run(1)
+
+        assert [tally.corrupt for tally in raised(ranks.run(one))] == [[], []]
+
+
+def test_a_step_start_refuses_a_round_that_nobody_has_launched_the_end_of() -> None:
+    config = small()
+    work = Work(config, 2, seed=2)
+    with VirtualRanks(2, config) as ranks:
+
+        def one(buffer: Buffer) -> None:
+            rounds = CapturedRounds(buffer, work, "twin")
+            rounds.dispatch(buffer.num_rounds)
+            assert buffer.num_rounds > 0
+            with pytest.raises(RuntimeError, match="open"):
+                buffer.begin_step()
+            rounds.combine()
+            buffer.begin_step()
+
+        raised(ranks.run(one))
 
 
 def test_replaced() -> None:

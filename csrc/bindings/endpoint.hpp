@@ -141,6 +141,7 @@ class Endpoint : private Doors {
   bool is_reached() const;
   bool reach(i32 owner, i32 partition);
   Status wait_out_hold();
+  bool may_be_open() const;
 
   EndpointConfig config_;
   std::shared_ptr<LocalGroup> group_;
