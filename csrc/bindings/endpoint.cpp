@@ -125,6 +125,7 @@ void Endpoint::set_up_context() {
   context_.state = state_.get();
   context_.fabric = fabric_.get();
   context_.wire = wire_.get();
+  context_.rounds_on_gpu = config_.machine == Machine::cuda;
   context_.stalls.assign(static_cast<size_t>(config_.shape.num_ranks), StallWatch{});
   context_.sources.assign(static_cast<size_t>(config_.shape.num_ranks), SourceStats());
   set_up_kernels();
