@@ -6,7 +6,10 @@ The device is the twin's driver (tests/window_scenarios.py). Not run on a GPU.
 from __future__ import annotations
 
 import itertools
+import threading
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch.distributed as dist
@@ -126,6 +129,37 @@ def test_a_step_start_refuses_a_round_that_nobody_has_launched_the_end_of() -> N
             buffer.begin_step()
 
         raised(ranks.run(one))
+
+
+@contextmanager
+def slow_driver(**ms: int) -> Iterator[None]:
+    core.slow_twin_driver(**ms)
+    try:
+        yield
+    finally:
+        core.slow_twin_driver()
+
+
+def test_founders_wait_for_doors_that_take_their_time() -> None:
+    config = small()
+    with slow_driver(access_ms=50, export_ms=300), VirtualRanks(3, config) as ranks:
+        run_on(ranks, Work(config, 3, seed=2), [0, 1, 2])
+
+
+def test_a_door_answers_while_its_rank_swaps_the_windows_of_others() -> None:
+    config = small()
+    with VirtualRanks(3, config) as ranks:
+        survivor, other = ranks.buffers[0], ranks.buffers[2]
+        ranks.buffers[1].core.crash()
+        wait_for_view(ranks, [0, 2])
+        run_on(ranks, Work(config, 3, seed=2), [0, 2])
+        with slow_driver(access_ms=1500):
+            step_start = threading.Thread(target=survivor.begin_step)
+            step_start.start()
+            time.sleep(0.3)
+            assert other.core.ask_door(owner=0, partition=2, timeout_ms=500)
+            assert step_start.is_alive(), "it was to be asked in the midst of the swap"
+            step_start.join()
 
 
 def test_replaced() -> None:

@@ -76,7 +76,8 @@ bool Endpoint::reach(i32 owner, i32 partition) {
   if (header->magic != kPartitionMagic || header->incarnation != me || header->owner != owner) return false;
   if (windows_) {
     std::lock_guard<std::mutex> calls(calls_);
-    if (!take_window(owner, partition, cuda::Quiescent(calls, [this] { finish_kernels(); }))) return false;
+    if (!take_window(owner, partition, cuda::Quiescent(calls, [this] { finish_kernels(); }), kDoorPatienceNs))
+      return false;
   }
   // The first word of mine there: by it the owner knows that it is this memory that I have mapped, and not what it put
   // aside for me before.
@@ -163,7 +164,7 @@ bool Endpoint::prepare_for(const Newcomer& newcomer, const cuda::Quiescent& quie
   const u64 mine = newcomer.members.partitions[config_.rank];
   if (!fabric_->open_outbound(newcomer.rank, newcomer.pid, newcomer.window_fd, mine * context_.at.num_bytes))
     return false;
-  if (windows_ && !take_window(newcomer.rank, static_cast<i32>(mine), quiescent)) return false;
+  if (windows_ && !take_window(newcomer.rank, static_cast<i32>(mine), quiescent, kDoorPatienceNs)) return false;
   if (windows_ && !renew_window(partition, quiescent)) return false;
   const i32 fd = fabric_->renew_inbound(partition);
   if (fd < 0) return false;
