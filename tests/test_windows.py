@@ -5,6 +5,7 @@ The device is the twin's driver (tests/window_scenarios.py). Not run on a GPU.
 
 from __future__ import annotations
 
+import gc
 import itertools
 import threading
 import time
@@ -160,6 +161,30 @@ def test_a_door_answers_while_its_rank_swaps_the_windows_of_others() -> None:
             assert other.core.ask_door(owner=0, partition=2, timeout_ms=500)
             assert step_start.is_alive(), "it was to be asked in the midst of the swap"
             step_start.join()
+
+
+def test_a_buffer_that_is_collected_stops_no_other_thread() -> None:
+    """Its device is waited for, and the rounds that it waits for are of other ranks, in threads of this process."""
+    ranks = VirtualRanks(2, small())
+    ranks.close()
+    spans, is_over = [0.0], threading.Event()
+
+    def keep_time() -> None:
+        last = time.monotonic()
+        while not is_over.wait(0.01):
+            spans.append(time.monotonic() - last)
+            last = time.monotonic()
+
+    clock = threading.Thread(target=keep_time)
+    clock.start()
+    with slow_driver(finish_ms=1500):
+        from_s = time.monotonic()
+        ranks.buffers.clear()
+        gc.collect()
+        assert time.monotonic() - from_s > 1.5, "nothing was waited for"
+    is_over.set()
+    clock.join()
+    assert max(spans) < 1.0
 
 
 def test_replaced() -> None:
