@@ -167,7 +167,7 @@ class Buffer(Halves, Collectives, LendsMemory, Membership, PlantedFaults):
         try:
             self.core.create()
             self.group.meet("created", deadline)
-            self.core.open_peers()
+            self.core.open_peers(max(int((deadline - time.monotonic()) * 1000), 0))
             self.group.meet("opened", deadline)
             self._open_for_calls()
             self._warm_up()

@@ -70,15 +70,18 @@ class CapturedRounds:
             held.copy_(new)
         self._dispatch.replay()
 
+    def combine(self) -> None:
+        self._combine.replay()
+
     def replay(self, number: int) -> None:
         """A whole round, checked."""
         self.dispatch(number)
         self.y.copy_(self.checker.experts(self.received.to(torch.device("cpu"))))
-        self._combine.replay()
+        self.combine()
         outcome = Outcome(self.outcome.codes.cpu().clone(), self.outcome.lost.cpu().clone())  # the next replay's soon
         self.checker.check_output(self.out.cpu(), outcome, number)
 
     def launch(self, number: int) -> None:
         """A whole round that nobody waits for or looks at, with whatever the experts computed last."""
         self.dispatch(number)
-        self._combine.replay()
+        self.combine()
