@@ -63,6 +63,7 @@ struct JoinProgress {
 
 // With a peer whose window is asked for, while others wait for me.
 constexpr i64 kDoorPatienceNs = 200ll * 1000000;
+constexpr i64 kConstructMs = 60000;  // where nobody says how long construction may take
 
 class Endpoint : private Doors {
  public:
@@ -71,9 +72,10 @@ class Endpoint : private Doors {
   ~Endpoint();
 
   // Construction happens in steps, with the group's rendezvous between them.
-  void create();                    // what this rank owns
-  void open_peers(i64 timeout_ms);  // after all have created: map, check, prepare, start the pulse
-  void serve();                     // after all have opened: names are forgotten, rounds may begin
+  void create();  // what this rank owns
+  // After all have created: map, check, prepare, start the pulse.
+  void open_peers(i64 timeout_ms = kConstructMs);
+  void serve();  // after all have opened: names are forgotten, rounds may begin
 
   // A rank that comes later does this instead (endpoint_joins.cpp).
   void create_newcomer();

@@ -300,7 +300,8 @@ void bind_endpoint(py::module_& m) {
            }),
            py::arg("config"), py::arg("group") = nullptr, py::arg("token") = "")
       .def("create", &Endpoint::create, py::call_guard<py::gil_scoped_release>())
-      .def("open_peers", &Endpoint::open_peers, py::arg("timeout_ms") = 60000, py::call_guard<py::gil_scoped_release>())
+      .def("open_peers", &Endpoint::open_peers, py::arg("timeout_ms") = kConstructMs,
+           py::call_guard<py::gil_scoped_release>())
       .def("serve", &Endpoint::serve)
       .def("dispatch_send", &call_dispatch_send)
       .def("dispatch_receive", &call_dispatch_receive)
