@@ -59,7 +59,8 @@ def why_not(backend: str, machine: Machine) -> str:
     if not machine.gpu:
         return "torch finds no GPU"
     if backend == "cuda":
-        return "" if machine.compiles_cuda else "no NVRTC for an NVIDIA GPU; run `pip install 'fault_a2a[cuda13]'`"
+        none = nvrtc.why_not() or "no NVRTC for an NVIDIA GPU; run `pip install 'fault_a2a[cuda13]'`"
+        return "" if machine.compiles_cuda else none
     if not machine.has_triton:
         return "Triton is not installed; run `pip install 'fault_a2a[triton]'`"
     if machine.interprets:

@@ -124,7 +124,7 @@ class Buffer(Halves, Collectives, LendsMemory, Membership, PlantedFaults):
                 + of_several_hosts(config.backend, self.device)
             )
         fields = {**core_fields(config, self.num_ranks, group.rank), "num_founders": group.num_ranks}
-        fields |= gpu_fields(config)
+        fields |= gpu_fields(config, self.device)
         if group.fabric is not None:
             return core.Endpoint(fields, group.fabric.of(fields), "")
         return core.Endpoint(fields, None, self._token)
@@ -145,7 +145,7 @@ class Buffer(Halves, Collectives, LendsMemory, Membership, PlantedFaults):
                 )
 
     def _come_in(self, deadline: float) -> None:
-        way = WayIn(self.group, self.config, self.num_ranks, os.getpid(), deadline)
+        way = WayIn(self.group, self.config, self.device, self.num_ranks, os.getpid(), deadline)
         self.group, self.core = way.group, way.endpoint
         self.verbs = self.core
         try:
@@ -157,7 +157,7 @@ class Buffer(Halves, Collectives, LendsMemory, Membership, PlantedFaults):
 
     def _open_for_calls(self, joined: bool = False) -> None:
         fields = core_fields(self.config, self.num_ranks, self.group.rank)
-        self.verbs = verbs_for(self.config.backend, self.core, fields)
+        self.verbs = verbs_for(self.config.backend, self.core, fields, self.device)
         self.id = ops.register(self)
         self._open_memory(self.recv_shape, self.device)
         arbiter = arbiter_for(self.config, self.group)
@@ -167,7 +167,7 @@ class Buffer(Halves, Collectives, LendsMemory, Membership, PlantedFaults):
         try:
             self.core.create()
             self.group.meet("created", deadline)
-            self.core.open_peers()
+            self.core.open_peers(max(int((deadline - time.monotonic()) * 1000), 0))
             self.group.meet("opened", deadline)
             self._open_for_calls()
             self._warm_up()
@@ -257,7 +257,7 @@ class Buffer(Halves, Collectives, LendsMemory, Membership, PlantedFaults):
             RuntimeError: a third round would be open.
             RankEvictedError, QuorumLostError, ClosedError: this rank may not go on.
         """
-        check_kinds(self.device.type, x=x, topk_idx=topk_idx, topk_weights=topk_weights)
+        check_kinds(self.device, x=x, topk_idx=topk_idx, topk_weights=topk_weights)
         if return_recv_hook:
             tensors, hook = self._dispatch_send(x, topk_idx, topk_weights, scales)
             return *self._received(tensors, topk_weights), hook
@@ -332,7 +332,7 @@ class Buffer(Halves, Collectives, LendsMemory, Membership, PlantedFaults):
             RankEvictedError, QuorumLostError, ClosedError: this rank may not go on.
         """
         check_is_handle(handle)
-        check_kind("y", y, self.device.type)
+        check_kind("y", y, self.device)
         if return_recv_hook:
             return self._combine_send(y, handle, out, topk_weights)
         if out is not None or topk_weights is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -41,6 +42,22 @@ def device_of(backend: str) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
+def at(device: torch.device) -> AbstractContextManager[Any]:
+    """Inside of it ``device`` is torch's current one, where that is a GPU, and afterwards whatever was it before.
+
+    A new thread begins on GPU 0, and the driver's contexts, which the core sets, are torch's devices by another name.
+    """
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def is_capturing(device: torch.device) -> bool:
+    """This thread's stream on ``device`` is being captured into a graph. torch itself asks of the current device."""
+    if device.type != "cuda":
+        return False
+    with at(device):
+        return torch.cuda.is_current_stream_capturing()
+
+
 def of_several_hosts(backend: str, device: torch.device) -> str:
     """For the error of a group on several hosts: what windows on a GPU would need there. Not run on a GPU."""
     if backend != "cuda":
@@ -50,15 +67,14 @@ def of_several_hosts(backend: str, device: torch.device) -> str:
     return f" Between hosts windows on a GPU go by fabric handles, which {has}."
 
 
-def gpu_fields(config: Config) -> dict[str, Any]:
-    """What the native core needs of a GPU, if ``config`` is for one: compiles the kernels, seconds the first time."""
+def gpu_fields(config: Config, device: torch.device) -> dict[str, Any]:
+    """What the native core needs of ``device``, if that is a GPU: compiles the kernels, seconds the first time."""
     if config.backend != "cuda":
         return {}
     if has_twin():
         return {"device": 0, "cubins": [b"twin"]}
     from fault_a2a.kernel_compiler import compile_kernels
 
-    device = device_of(config.backend)
     major, minor = torch.cuda.get_device_capability(device)
     arch = f"{major}{minor}" + ("a" if major >= 9 else "")
     found = compile_kernels(arch, str(config.dtype).removeprefix("torch."))

@@ -71,8 +71,8 @@ class Halves:
     ) -> Sent:
         """What the operator returns, and the hook that fills it."""
         self._check_open()
-        check_tokens(self.config, x, topk_idx, topk_weights)
-        check_scales(self.config, x, scales)
+        check_tokens(self.config, self.device, x, topk_idx, topk_weights)
+        check_scales(self.config, self.device, x, scales)
         arguments = (
             x.data_ptr(),
             0 if scales is None else scales.data_ptr(),
@@ -147,8 +147,8 @@ class Halves:
         round_number, num_tokens, num_received = (
             (0, handle.topk_weights.shape[0], self.recv_shape[0]) if is_captured else self._check_handle(handle.tensor)
         )
-        check_expert_rows(self.config, self.recv_shape, y, num_received)
-        check_sums(self.config, num_tokens, out, weights)
+        check_expert_rows(self.config, self.device, self.recv_shape, y, num_received)
+        check_sums(self.config, self.device, num_tokens, out, weights)
         if is_captured:
             self.verbs.launch_combine_send(y.data_ptr(), handle.tensor.data_ptr())  # type: ignore[attr-defined]
         else:
@@ -169,7 +169,7 @@ class Halves:
 
     def _check_handle(self, handle: torch.Tensor) -> tuple[int, int, int]:
         """(round, tokens sent, rows received) of an open round of this buffer."""
-        check_tensor("handle", handle, (torch.int64,), [ops.HANDLE_WORDS], self.device.type)
+        check_tensor("handle", handle, (torch.int64,), [ops.HANDLE_WORDS], self.device)
         buffer_id, round_number, num_tokens, num_received = handle.tolist()
         if buffer_id != self.id:
             raise ValueError(

@@ -7,11 +7,13 @@ import time
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
 from fault_a2a._core import core
 from fault_a2a.config import Config
 from fault_a2a.core_fields import core_fields
 from fault_a2a.errors import JoinError
-from fault_a2a.gpu import device_of, gpu_fields, of_several_hosts
+from fault_a2a.gpu import gpu_fields, of_several_hosts
 from fault_a2a.group import Group, host_of_this_process
 
 _LOOK_S = 0.002  # between two looks of a newcomer; members that hold for it wait for these
@@ -56,6 +58,7 @@ class WayIn:
     Args:
         group: the store and name of the group, and the rank whose place this process takes.
         config: the members' own.
+        device: of this rank's buffer, in its former lives too.
         num_ranks: ranks that the group has room for.
         pid: of this process.
 
@@ -63,13 +66,15 @@ class WayIn:
         JoinError: no member can be found, or they do not fit this process.
     """
 
-    def __init__(self, group: Group, config: Config, num_ranks: int, pid: int, deadline: float) -> None:
-        self.config, self.num_ranks, self.pid, self.deadline = config, num_ranks, pid, deadline
+    def __init__(
+        self, group: Group, config: Config, device: torch.device, num_ranks: int, pid: int, deadline: float
+    ) -> None:
+        self.config, self.device, self.num_ranks, self.pid, self.deadline = config, device, num_ranks, pid, deadline
         self.compared = config.compared(num_ranks)
         member = self._first_member(group)
         self.group = replace(group, construction=member.construction)
         fields = core_fields(config, num_ranks, group.rank)
-        self.endpoint: Any = core.Endpoint(fields | gpu_fields(config), None, "")
+        self.endpoint: Any = core.Endpoint(fields | gpu_fields(config, device), None, "")
         try:
             self.endpoint.create_newcomer()
         except RuntimeError as error:
@@ -122,7 +127,7 @@ class WayIn:
         if member.host != host_of_this_process():
             raise JoinError(
                 f"group: rank {rank} is on another host or sees another /dev/shm; a newcomer must run beside members."
-                + of_several_hosts(self.config.backend, device_of(self.config.backend))
+                + of_several_hosts(self.config.backend, self.device)
             )
         for name, value in self.compared.items():
             if member.config.get(name) != value:

@@ -75,7 +75,8 @@ def compile_kernels(
     library = library or nvrtc.load()
     if library is None:
         raise RuntimeError(
-            "no libnvrtc: run `pip install 'fault_a2a[cuda13]'` (or 'fault_a2a[cuda12]'), or install a CUDA toolkit "
+            nvrtc.why_not()
+            or "no libnvrtc: run `pip install 'fault_a2a[cuda13]'` (or 'fault_a2a[cuda12]'), or install a CUDA toolkit "
             "that has it."
         )
     folder = cache or cache_folder()

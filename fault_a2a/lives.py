@@ -8,8 +8,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from fault_a2a.config import Config
 from fault_a2a.errors import ClosedError
+from fault_a2a.gpu import at
 from fault_a2a.group import Group
 from fault_a2a.joins import tell_life
 from fault_a2a.membership import Evidence, View
@@ -22,6 +25,7 @@ class Membership:
     core: Any
     verbs: Verbs
     config: Config
+    device: torch.device
     group: Group
     _callbacks: list[Callable[[View], None]]
     _closed: bool
@@ -113,7 +117,8 @@ class Membership:
             raise RuntimeError("rejoin: this rank is in the group; call it after RankEvictedError, or close() first")
         self.close()
         self._finalizer.detach()
-        self._begin_life(join=True)
+        with at(self.device):
+            self._begin_life(join=True)
         return self.view
 
     def be_found_at(self, store: Any, name: str) -> None:

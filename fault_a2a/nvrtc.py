@@ -50,18 +50,56 @@ def _toolkit_of_nvcc() -> str | None:
     return str(Path(nvcc).resolve().parent.parent) if nvcc else None
 
 
+def _driver_version() -> str:
+    """The newest CUDA that this machine's driver runs, as "13.0"; "" where there is no driver."""
+    found = ctypes.c_int()
+    try:
+        status = ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(found))
+    except (OSError, AttributeError):
+        return ""
+    return f"{found.value // 1000}.{found.value % 1000 // 10}" if status == 0 and found.value else ""
+
+
+def _runs(driver: str, compiler: str) -> bool:
+    """A driver loads machine code of its own major version, whatever the minor one, and of those before."""
+    return not driver or int(compiler.partition(".")[0]) <= int(driver.partition(".")[0])
+
+
+def _load_builtins(name: str) -> None:
+    """NVRTC looks these up by name when it first compiles, so they are loaded before, from the same place."""
+    for builtins in sorted(Path(name).parent.glob("libnvrtc-builtins.so.*")) if "/" in name else ():
+        ctypes.CDLL(str(builtins), mode=ctypes.RTLD_GLOBAL)
+
+
 @cache
-def load() -> ctypes.CDLL | None:
-    """The library, or ``None`` if this machine has none."""
+def _choice() -> tuple[ctypes.CDLL | None, str]:
+    """The newest library whose code the driver here runs; or none, and why those that were found are none."""
+    driver, too_new = _driver_version(), ""
     for name in _candidates():
         try:
-            # It looks its built-ins up by name, so they are loaded first, from the same place.
-            for builtins in sorted(Path(name).parent.glob("libnvrtc-builtins.so.*")) if "/" in name else ():
-                ctypes.CDLL(str(builtins), mode=ctypes.RTLD_GLOBAL)
-            return ctypes.CDLL(name)
+            library = ctypes.CDLL(name)
+            if _runs(driver, found := version(library)):
+                _load_builtins(name)
+                return library, ""
+            too_new = too_new or found
         except OSError:
             continue
-    return None
+    if not too_new:
+        return None, ""
+    return None, (
+        f"NVRTC {too_new} compiles for a newer CUDA than the driver here runs, {driver}; run "
+        f"`pip install 'fault_a2a[cuda{driver.partition('.')[0]}]'`, or install a newer driver"
+    )
+
+
+def load() -> ctypes.CDLL | None:
+    """The library, or ``None`` if this machine has none whose code its driver runs; without a driver, any does."""
+    return _choice()[0]
+
+
+def why_not() -> str:
+    """Why ``load`` leaves out what it found, or "" if it found nothing."""
+    return _choice()[1]
 
 
 def version(library: ctypes.CDLL) -> str:

@@ -38,12 +38,12 @@ class Verbs(Protocol):
     def close(self) -> None: ...
 
 
-def verbs_for(backend: str, endpoint: Any, fields: dict[str, Any]) -> Verbs:
+def verbs_for(backend: str, endpoint: Any, fields: dict[str, Any], device: torch.device) -> Verbs:
     """Of an endpoint that has opened its peers; ``fields``: what it was made from (``core_fields``)."""
     if backend == "cuda":
         from fault_a2a.kernels.cuda.rank import Rank as CudaRank
 
-        return CudaRank(endpoint)
+        return CudaRank(endpoint, device)
     if backend != "triton":
         return endpoint
     try:

@@ -31,12 +31,15 @@ PROGRAMS = {
         ("tests/native/agreement_schedules.cpp", "csrc/host/*.cpp", "csrc/membership/*.cpp")
     ),
     "join_schedules": Program(("tests/native/join_schedules.cpp", "csrc/host/*.cpp", "csrc/membership/*.cpp")),
-    "agreement_growth": Program(
-        (
-            *("tests/native/agreement_growth.cpp", "csrc/host/hooks.cpp", "csrc/membership/agreement.cpp"),
-            *(f"csrc/membership/{name}.cpp" for name in ("consensus", "verdict", "vertex_cover", "host_cut")),
+    **{
+        name: Program(
+            (
+                *(f"tests/native/{name}.cpp", "csrc/host/hooks.cpp", "csrc/membership/agreement.cpp"),
+                *(f"csrc/membership/{part}.cpp" for part in ("consensus", "verdict", "vertex_cover", "host_cut")),
+            )
         )
-    ),
+        for name in ("agreement_growth", "followed")
+    },
     "doors": Program(("tests/native/doors.cpp", "csrc/host/door.cpp", "csrc/host/clock.cpp")),
     "detector": Program(("tests/native/detector.cpp", "csrc/host/hooks.cpp", "csrc/membership/detector.cpp")),
     # The simulator is its own host; everything above the host is what runs in production, but for the sums of rows.

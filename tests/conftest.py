@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from tests.groups import GroupOf
 
 os.environ.setdefault("FAULT_A2A_CORE", "hooks")
+# As fault_a2a.testing.virtual.CUDA_SETTINGS, which is imported after torch has asked CUDA for its devices.
+os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
+os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -32,14 +33,19 @@ class TwinGraph:
         core.replay_twin(self._graph)
 
 
+# torch waits for the whole device before a capture, which no stream of it may be inside of then (CUDA's error 900).
+_one_capture = threading.Lock()
+
+
 class CudaGraph:
-    """The same with torch's; virtual ranks are threads, and each captures by itself."""
+    """The same with torch's; virtual ranks are threads, and each captures by itself, one after the other."""
 
     def __init__(self, buffer: Buffer) -> None:
         self._graph = torch.cuda.CUDAGraph()
 
     def capture(self, work: Callable[[], Any]) -> Any:
-        with torch.cuda.graph(self._graph, stream=torch.cuda.Stream(), capture_error_mode="thread_local"):
+        graph = torch.cuda.graph(self._graph, stream=torch.cuda.Stream(), capture_error_mode="thread_local")
+        with _one_capture, graph:
             return work()
 
     def replay(self) -> None:
@@ -64,15 +70,18 @@ class CapturedRounds:
             held.copy_(new)
         self._dispatch.replay()
 
+    def combine(self) -> None:
+        self._combine.replay()
+
     def replay(self, number: int) -> None:
         """A whole round, checked."""
         self.dispatch(number)
         self.y.copy_(self.checker.experts(self.received.to(torch.device("cpu"))))
-        self._combine.replay()
+        self.combine()
         outcome = Outcome(self.outcome.codes.cpu().clone(), self.outcome.lost.cpu().clone())  # the next replay's soon
         self.checker.check_output(self.out.cpu(), outcome, number)
 
     def launch(self, number: int) -> None:
         """A whole round that nobody waits for or looks at, with whatever the experts computed last."""
         self.dispatch(number)
-        self._combine.replay()
+        self.combine()

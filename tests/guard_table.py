@@ -34,6 +34,8 @@ def red_test(guard: str) -> str:
         return f"`test_guards.py::test_a_number_that_is_believed_does_harm[{guard}]`"
     if guard in test_guards.EXPLORED:
         return f"`test_guards.py::test_two_views_are_decided_without[{guard}]`"
+    if guard in test_guards.FOLLOWED:
+        return f"`test_guards.py::test_an_accusation_is_followed_from_the_turn_after[{guard}]`"
     if guard in test_guards.PROCESSES:
         return f"`test_guards.py::test_processes_are_red_without_the_guard[{guard}]`"
     if guard in test_guards.SCHEDULED:

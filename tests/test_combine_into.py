@@ -72,6 +72,41 @@ def test_what_does_not_fit_is_named_before_anything_is_sent(changes: Any, brough
         assert ranks.run(work) == [None] * NUM_RANKS
 
 
+def one_element_further(tensor: torch.Tensor) -> torch.Tensor:
+    """The same, contiguous as before, in memory that begins at an odd element."""
+    moved = torch.empty([tensor.numel() + 1], dtype=tensor.dtype)[1:].view(tensor.shape)
+    return moved.copy_(tensor)
+
+
+@pytest.mark.parametrize(
+    ("backend", "reduce", "refused"),
+    [
+        ("cpu", "expert", ()),
+        ("cuda-host", "owner", ("out",)),
+        ("cuda-host", "expert", ("out", "y")),
+    ],
+)
+def test_what_kernels_move_by_16_bytes_must_be_aligned(backend: str, reduce: Any, refused: tuple[str, ...]) -> None:
+    """On a GPU a misaligned access ends CUDA for the whole process."""
+
+    def work(buffer: Buffer) -> bool:
+        received, handle = buffer.dispatch(*inputs(buffer.rank))
+        out = torch.full([NUM_TOKENS, 16], torch.nan, dtype=torch.bfloat16)
+        given = {"y": received.x, "out": out}
+        for name in refused:
+            wrong = {**given, name: one_element_further(given[name])}
+            with pytest.raises(
+                ValueError, match=rf"{name} begins at .* multiple of 16 bytes .*; give {name}\.clone\(\)"
+            ):
+                buffer.combine(wrong["y"], handle, out=wrong["out"])
+        fine = {name: tensor if name in refused else one_element_further(tensor) for name, tensor in given.items()}
+        out, _ = buffer.combine(fine["y"], handle, out=fine["out"])
+        return reduce == "expert" or bool(reference.same_bits(out, expected(buffer.rank)).all())
+
+    with VirtualRanks(NUM_RANKS, config_of(backend=backend, reduce=reduce)) as ranks:
+        assert ranks.run(work) == [True] * NUM_RANKS
+
+
 @pytest.mark.parametrize("backend", ["cpu", "cuda-host"])
 def test_what_is_lost_is_counted(backend: str) -> None:
     def work(buffer: Buffer) -> tuple[int, int, int]:

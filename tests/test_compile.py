@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fault_a2a import kernel_compiler, nvrtc
+from fault_a2a.backends import Machine, why_not
 from fault_a2a.cli.main import main
 from fault_a2a.kernel_compiler import ARCHS, KERNELS, VARIANTS, compile_kernels
 from fault_a2a.kernels.triton import compiled as triton_compiler
@@ -143,6 +146,73 @@ def test_refusals(cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     assert main(["compile", "--kernels", "cuda", "--json"]) == 1
     answer = json.loads(capsys.readouterr().out)
     assert answer["rows"] == [] and "install 'fault_a2a[cuda13]'" in answer["why"]
+
+
+# --- which NVRTC: one whose code the driver runs
+
+
+class Library:
+    """In the place of a library of CUDA, which says its version by the function that it has for that."""
+
+    def __init__(self, major: int, minor: int) -> None:
+        self.major, self.minor = major, minor
+
+    def nvrtcVersion(self, major: Any, minor: Any) -> int:
+        major._obj.value, minor._obj.value = self.major, self.minor
+        return 0
+
+    def cuDriverGetVersion(self, version: Any) -> int:
+        version._obj.value = 1000 * self.major + 10 * self.minor
+        return 0
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Library]]:
+    """The libraries of a machine, by name; there are no others."""
+    libraries: dict[str, Library] = {}
+
+    def load(name: str, mode: int = 0) -> Library:
+        if name not in libraries:
+            raise OSError(name)
+        return libraries[name]
+
+    monkeypatch.setattr(nvrtc, "_candidates", lambda: ["libnvrtc.so.13", "libnvrtc.so.12"])
+    monkeypatch.setattr(ctypes, "CDLL", load)
+    nvrtc._choice.cache_clear()
+    yield libraries
+    nvrtc._choice.cache_clear()
+
+
+THIRTEEN, TWELVE = Library(13, 1), Library(12, 9)
+
+
+@pytest.mark.parametrize(
+    ("driver", "found", "wanted"),
+    [
+        (None, [THIRTEEN, TWELVE], THIRTEEN),  # code for chips that are elsewhere
+        (Library(13, 0), [THIRTEEN, TWELVE], THIRTEEN),
+        (Library(12, 4), [THIRTEEN, TWELVE], TWELVE),
+        (Library(13, 0), [TWELVE], TWELVE),
+        (Library(12, 4), [THIRTEEN], None),
+        (Library(12, 4), [], None),
+    ],
+)
+def test_the_newest_compiler_that_the_driver_can_follow(
+    machine: dict[str, Library], driver: Library | None, found: list[Library], wanted: Library | None
+) -> None:
+    machine |= {f"libnvrtc.so.{library.major}": library for library in found}
+    machine |= {"libcuda.so.1": driver} if driver else {}
+    assert nvrtc.load() is wanted
+    assert bool(nvrtc.why_not()) == (wanted is None and found != [])
+
+
+def test_an_nvrtc_that_is_too_new_is_named_with_the_driver(machine: dict[str, Library]) -> None:
+    machine |= {"libnvrtc.so.13": THIRTEEN, "libcuda.so.1": Library(12, 4)}
+    words = r"NVRTC 13\.1 .* the driver here runs, 12\.4; run `pip install 'fault_a2a\[cuda12\]'`, or install"
+    with pytest.raises(RuntimeError, match=words):
+        compile_kernels("90a", "bfloat16")
+    gpu = Machine(gpu="a GPU", compiles_cuda=False, reaches_host=False, has_triton=False, interprets=False)
+    assert re.match(words, why_not("cuda", gpu))
 
 
 # --- both kinds of kernels

@@ -45,6 +45,10 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     return str(request.param)
 
 
+# Deaths inside a kernel: its points, at which a fault strikes, are compiled for the twin only.
+on_the_twin = pytest.mark.parametrize("device", ["twin"], indirect=True)
+
+
 def group_of(num_ranks: int, config: Config) -> VirtualRanks:
     return VirtualRanks(num_ranks, config, backends=["cuda"], poison=True)
 
@@ -65,6 +69,7 @@ def test_all_alive(formats: tuple) -> None:
     assert sum(tally.lost + tally.unroutable for tally in tallies) == 0 < sum(tally.choices for tally in tallies)
 
 
+@on_the_twin
 @pytest.mark.parametrize(("formats", "phase"), every_third(zip(itertools.cycle(FORMATS), phases(), strict=False)))
 def test_one_dies_inside_a_round(formats: tuple, phase: str) -> None:
     config = config_of(formats)
@@ -90,6 +95,7 @@ def test_streams(formats: tuple) -> None:
     assert sum(tally.lost + tally.unroutable for tally in tallies) == 0 < sum(tally.choices for tally in tallies)
 
 
+@on_the_twin
 @pytest.mark.parametrize("phase", ["dispatch.chunk", "dispatch.chunk_taken", "combine.chunk"])
 def test_one_dies_inside_a_stream(phase: str) -> None:
     config = config_of(num_max_tokens_per_rank=24, num_chunk_tokens=3, num_experts=8)
@@ -100,6 +106,25 @@ def test_one_dies_inside_a_stream(phase: str) -> None:
         assert [type(tally.error) for tally in tallies if tally.error] == [ClosedError]
         wrong = scenarios.corrupt(tallies) + scenarios.one_view_per_round(ranks, work, tallies)
         assert wrong + scenarios.lost_between_live(ranks, work, tallies, {1}) == []
+
+
+@pytest.mark.parametrize("num_chunk_tokens", [24, 3])
+def test_one_dies_between_the_verbs(num_chunk_tokens: int) -> None:
+    """By its host's doing, which a GPU can show too."""
+    config = config_of(num_max_tokens_per_rank=24, num_chunk_tokens=num_chunk_tokens, num_experts=8)
+    work = Work(config, 4, seed=3)
+
+    def dies(buffer: Buffer, number: int) -> None:
+        if buffer.rank == 1 and number == 3:
+            buffer.core.crash()
+            raise ClosedError("it is dead, and calls nothing more")
+
+    with group_of(4, config) as ranks:
+        tallies = run_checked(ranks, work, 8, between=dies)
+        assert [type(tally.error) for tally in tallies] == [type(None), ClosedError, type(None), type(None)]
+        wrong = scenarios.corrupt(tallies) + scenarios.one_view_per_round(ranks, work, tallies)
+        assert wrong + scenarios.lost_between_live(ranks, work, tallies, {1}) == []
+    assert all(tally.lost_by_round[3] > 0 < tally.unroutable for tally in tallies if tally.rank != 1)
 
 
 def test_a_stream_is_not_captured(device: str) -> None:

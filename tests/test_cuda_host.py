@@ -284,7 +284,7 @@ def test_no_number_of_a_liar_is_believed_in_streams(lie: str) -> None:
 def guards_of_streams() -> set[str]:
     """Those that a test of this file takes out in streams."""
     believed = {guard for guards, _ in BELIEVED for guard in guards}
-    return {*GUARDS_IN_STREAMS, *GUARDS_APART, *believed, "chunk_compare", "chunk_consent"}
+    return {*GUARDS_IN_STREAMS, *GUARDS_APART, *believed, "chunk_compare", "chunk_consent", "fresh_words"}
 
 
 def test_every_guard_of_the_kernels_of_streams_is_taken_out_in_them() -> None:

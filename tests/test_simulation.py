@@ -35,7 +35,7 @@ PLANTED: dict[str, tuple[str, tuple[str, ...], int, str]] = {
     "claims_met": ("liars", (), 1, "more or fewer rows"),
     "combine_count": ("liars", (), 1, "P2"),
     "chunk_compare": ("delays", (), 1, "both are well"),
-    "chunk_consent": ("delays", (), 1, "torn, stale or another's"),
+    "chunk_consent": ("delays", (), 1, "both are well"),
     "beat": ("stops", (), 1, "by silence"),
     "gap_restart": ("stops", (), 1, "who is well"),
     "fresh_partition": ("zombies", (), 1, "lands in a partition that belongs to another life"),
@@ -48,7 +48,6 @@ PLANTED: dict[str, tuple[str, tuple[str, ...], int, str]] = {
     "beaten_since": ("silent_proposers", ("silent_go",), 1, "who is well, is out of epoch"),
     "silent_go": ("stopped_halves", (), 1, "stood still for long, and is in the last view"),
     "looked_again": ("stopped_halves", (), 1, "who is well, is out of epoch"),
-    "found_first": ("stopped_halves", (), 222972228141, "who is well, is out of epoch"),
     "stall_awake": ("dozing_watchers", (), 1, "who is well, is out of epoch"),
     "decided_leave": ("planned_leaves", (), 1, "has left as was decided"),
 }

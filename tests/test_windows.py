@@ -5,8 +5,12 @@ The device is the twin's driver (tests/window_scenarios.py). Not run on a GPU.
 
 from __future__ import annotations
 
+import gc
 import itertools
+import threading
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch.distributed as dist
@@ -17,6 +21,7 @@ from fault_a2a.errors import ConstructError
 from fault_a2a.group import Group
 from fault_a2a.testing.virtual import VirtualRanks, run_threads
 from tests import window_scenarios as scenarios
+from tests.graphs import CapturedRounds
 from tests.rig import Checker, Tally, Work, raised
 from tests.test_conformance import wait_for_view
 from tests.window_scenarios import small, window_at
@@ -89,6 +94,97 @@ def test_a_buffer_that_is_closed_holds_nobodys_window() -> None:
         buffer.close()
         nobodys = [window_at(buffer, rank) for rank in (1, 2)]
         assert len(set(nobodys)) == 1 and not {*nobodys} & {*others, ""}
+
+
+def test_a_step_start_waits_for_the_rounds_that_a_graph_replays() -> None:
+    """Who reads a counter between two replays sees a round that is open, and the step start comes when it is done."""
+    config = small()
+    work = Work(config, 2, seed=2)
+    with VirtualRanks(2, config) as ranks:
+
+        def one(buffer: Buffer) -> Tally:
+            number, rounds = buffer.num_rounds, CapturedRounds(buffer, work, "twin")
+            rounds.dispatch(number)
+            assert buffer.num_rounds == number + 1, "it has begun"
+            core.hold_twin_launches(True)  # what follows is launched, and the device is not there yet
+            rounds.combine()
+            buffer.begin_step()
+            core.hold_twin_launches(False)
+            return Checker(buffer, work).run(1)
+
+        assert [tally.corrupt for tally in raised(ranks.run(one))] == [[], []]
+
+
+def test_a_step_start_refuses_a_round_that_nobody_has_launched_the_end_of() -> None:
+    config = small()
+    work = Work(config, 2, seed=2)
+    with VirtualRanks(2, config) as ranks:
+
+        def one(buffer: Buffer) -> None:
+            rounds = CapturedRounds(buffer, work, "twin")
+            rounds.dispatch(buffer.num_rounds)
+            assert buffer.num_rounds > 0
+            with pytest.raises(RuntimeError, match="open"):
+                buffer.begin_step()
+            rounds.combine()
+            buffer.begin_step()
+
+        raised(ranks.run(one))
+
+
+@contextmanager
+def slow_driver(**ms: int) -> Iterator[None]:
+    core.slow_twin_driver(**ms)
+    try:
+        yield
+    finally:
+        core.slow_twin_driver()
+
+
+def test_founders_wait_for_doors_that_take_their_time() -> None:
+    config = small()
+    with slow_driver(access_ms=50, export_ms=300), VirtualRanks(3, config) as ranks:
+        run_on(ranks, Work(config, 3, seed=2), [0, 1, 2])
+
+
+def test_a_door_answers_while_its_rank_swaps_the_windows_of_others() -> None:
+    config = small()
+    with VirtualRanks(3, config) as ranks:
+        survivor, other = ranks.buffers[0], ranks.buffers[2]
+        ranks.buffers[1].core.crash()
+        wait_for_view(ranks, [0, 2])
+        run_on(ranks, Work(config, 3, seed=2), [0, 2])
+        with slow_driver(access_ms=1500):
+            step_start = threading.Thread(target=survivor.begin_step)
+            step_start.start()
+            time.sleep(0.3)
+            assert other.core.ask_door(owner=0, partition=2, timeout_ms=500)
+            assert step_start.is_alive(), "it was to be asked in the midst of the swap"
+            step_start.join()
+
+
+def test_a_buffer_that_is_collected_stops_no_other_thread() -> None:
+    """Its device is waited for, and the rounds that it waits for are of other ranks, in threads of this process."""
+    ranks = VirtualRanks(2, small())
+    ranks.close()
+    spans, is_over = [0.0], threading.Event()
+
+    def keep_time() -> None:
+        last = time.monotonic()
+        while not is_over.wait(0.01):
+            spans.append(time.monotonic() - last)
+            last = time.monotonic()
+
+    clock = threading.Thread(target=keep_time)
+    clock.start()
+    with slow_driver(finish_ms=1500):
+        from_s = time.monotonic()
+        ranks.buffers.clear()
+        gc.collect()
+        assert time.monotonic() - from_s > 1.5, "nothing was waited for"
+    is_over.set()
+    clock.join()
+    assert max(spans) < 1.0
 
 
 def test_replaced() -> None:

@@ -82,7 +82,8 @@ Decision Endpoint::first_decision() const {
   return first;
 }
 
-void Endpoint::open_peers() {
+void Endpoint::open_peers(i64 timeout_ms) {
+  const i64 deadline_ns = now_ns() + timeout_ms * kNsPerMs;
   if (shared_ != nullptr) shared_->open_peers();
   for (i32 peer = 0; peer < config_.num_founders; ++peer) {
     const ControlPage& page = fabric_->page(peer);
@@ -90,7 +91,7 @@ void Endpoint::open_peers() {
     throw std::runtime_error("rank " + std::to_string(peer) +
                              " was built with another Config or version; give all ranks the same one");
   }
-  if (config_.machine == Machine::cuda) open_founders_windows();
+  if (config_.machine == Machine::cuda) open_founders_windows(deadline_ns);
   const Decision first = first_decision();
   for (i32 writer = 0; writer < num_partitions(config_.shape); ++writer) {
     const u64 incarnation = writer < config_.num_founders ? first.view.incarnations[writer] : 0;
@@ -125,6 +126,7 @@ void Endpoint::set_up_context() {
   context_.state = state_.get();
   context_.fabric = fabric_.get();
   context_.wire = wire_.get();
+  context_.rounds_on_gpu = config_.machine == Machine::cuda;
   context_.stalls.assign(static_cast<size_t>(config_.shape.num_ranks), StallWatch{});
   context_.sources.assign(static_cast<size_t>(config_.shape.num_ranks), SourceStats());
   set_up_kernels();

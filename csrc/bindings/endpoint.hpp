@@ -61,6 +61,10 @@ struct JoinProgress {
   u64 incarnation = 0;  // and of which life
 };
 
+// With a peer whose window is asked for, while others wait for me.
+constexpr i64 kDoorPatienceNs = 200ll * 1000000;
+constexpr i64 kConstructMs = 60000;  // where nobody says how long construction may take
+
 class Endpoint : private Doors {
  public:
   // Virtual ranks share `group`; otherwise `token` names the shared memory of the group.
@@ -68,9 +72,10 @@ class Endpoint : private Doors {
   ~Endpoint();
 
   // Construction happens in steps, with the group's rendezvous between them.
-  void create();      // what this rank owns
-  void open_peers();  // after all have created: map, check, prepare, start the pulse
-  void serve();       // after all have opened: names are forgotten, rounds may begin
+  void create();  // what this rank owns
+  // After all have created: map, check, prepare, start the pulse.
+  void open_peers(i64 timeout_ms = kConstructMs);
+  void serve();  // after all have opened: names are forgotten, rounds may begin
 
   // A rank that comes later does this instead (endpoint_joins.cpp).
   void create_newcomer();
@@ -126,8 +131,8 @@ class Endpoint : private Doors {
   // On a GPU (endpoint_cuda.cpp): the window lies there, and peers come by it through this rank's door.
   void create_device();
   void open_door(u64 incarnation);
-  void open_founders_windows();
-  bool take_window(i32 owner, i32 partition, const cuda::Quiescent& quiescent) noexcept;
+  void open_founders_windows(i64 deadline_ns);
+  bool take_window(i32 owner, i32 partition, const cuda::Quiescent& quiescent, i64 patience_ns) noexcept;
   bool renew_window(i32 writer, const cuda::Quiescent& quiescent);
   RankSet gone_peers() const;
   bool may_come_in(const View& view) const;
@@ -141,6 +146,7 @@ class Endpoint : private Doors {
   bool is_reached() const;
   bool reach(i32 owner, i32 partition);
   Status wait_out_hold();
+  bool may_be_open() const;
 
   EndpointConfig config_;
   std::shared_ptr<LocalGroup> group_;
@@ -152,7 +158,7 @@ class Endpoint : private Doors {
   std::unique_ptr<Pulse> pulse_;
   Context context_;
   std::unique_ptr<cuda::Windows> windows_;  // on a GPU; collectives go through those of the fabric even then
-  std::mutex windows_lock_;                 // what lies in them is swapped by one thread and handed out by another
+  std::mutex windows_lock_;                 // my own partitions are swapped by one thread and handed out by the door's
   std::unique_ptr<Door> door_;
   std::unique_ptr<cuda::Gpu> gpu_;    // until `cuda_` has it
   std::unique_ptr<cuda::Rank> cuda_;  // instead of the CPU kernels

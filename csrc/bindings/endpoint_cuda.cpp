@@ -1,6 +1,7 @@
 // A rank on a GPU: its driver, its window there, and how peers come by it.
 #include <unistd.h>
 
+#include <algorithm>
 #include <stdexcept>
 
 #include "bindings/endpoint.hpp"
@@ -19,7 +20,6 @@ namespace {
 
 constexpr i32 kNumThreads = 512;  // what the kernels are compiled for
 constexpr i32 kNumTwinThreads = 64;
-constexpr i64 kPatienceNs = 200 * kNsPerMs;  // with a peer whose window is asked for
 
 bool is_twin(const cuda::Driver& driver) {
 #if defined(FA2A_TEST_HOOKS) && FA2A_TEST_HOOKS
@@ -61,11 +61,11 @@ void Endpoint::open_door(u64 incarnation) {
 }
 
 // My partition in the window of `owner`, by whatever life of it my mapping of its page shows.
-bool Endpoint::take_window(i32 owner, i32 partition, const cuda::Quiescent& quiescent) noexcept {
-  const i32 file = Door::ask(fabric_->page(owner).incarnation, partition, kPatienceNs);
+// Without the lock that my door takes: to map a window may take as long as a visitor has patience.
+bool Endpoint::take_window(i32 owner, i32 partition, const cuda::Quiescent& quiescent, i64 patience_ns) noexcept {
+  const i32 file = Door::ask(fabric_->page(owner).incarnation, partition, patience_ns);
   if (file < 0) return false;
   try {
-    std::lock_guard<std::mutex> lock(windows_lock_);
     windows_->plug(owner, file, quiescent);
     ::close(file);
     return true;
@@ -75,12 +75,17 @@ bool Endpoint::take_window(i32 owner, i32 partition, const cuda::Quiescent& quie
   }
 }
 
-void Endpoint::open_founders_windows() {
+// All founders come to all doors at once, so each is asked once, with all the time that there is: to ask again and
+// again with less patience than a door takes for an answer would never be answered. A door that ends answers at once.
+void Endpoint::open_founders_windows(i64 deadline_ns) {
   std::lock_guard<std::mutex> calls(calls_);
   const cuda::Quiescent quiescent(calls, [this] { finish_kernels(); });
-  for (i32 owner = 0; owner < config_.num_founders; ++owner)
-    if (owner != config_.rank && !take_window(owner, config_.rank, quiescent))
+  for (i32 owner = 0; owner < config_.num_founders; ++owner) {
+    if (owner == config_.rank) continue;
+    const i64 patience_ns = std::max(deadline_ns - now_ns(), kDoorPatienceNs);
+    if (!take_window(owner, config_.rank, quiescent, patience_ns))
       throw std::runtime_error("rank " + std::to_string(owner) + " did not hand over its window; it may have ended");
+  }
 }
 
 // Fresh memory where a partition of my window is, beyond the reach of whoever stored into the old one.
@@ -118,7 +123,6 @@ bool Endpoint::may_come_in(const View& view) const {
 // So that their hosts can return. What cannot be let go stays as it was, and is looked at again at the next step start:
 // who lives on must not fail over one that is dead.
 void Endpoint::let_go(const RankSet& owners, const cuda::Quiescent& quiescent) noexcept {
-  std::lock_guard<std::mutex> lock(windows_lock_);
   for (i32 owner = 0; owner < config_.shape.num_ranks; ++owner) {
     if (!owners.has(owner)) continue;
     // The same life may knock again.

@@ -1,5 +1,6 @@
 // Lives that begin while a group runs: a newcomer on its way in, and what members do for it at their step starts.
 #include <algorithm>
+#include <iterator>
 #include <optional>
 #include <stdexcept>
 
@@ -75,7 +76,8 @@ bool Endpoint::reach(i32 owner, i32 partition) {
   if (header->magic != kPartitionMagic || header->incarnation != me || header->owner != owner) return false;
   if (windows_) {
     std::lock_guard<std::mutex> calls(calls_);
-    if (!take_window(owner, partition, cuda::Quiescent(calls, [this] { finish_kernels(); }))) return false;
+    if (!take_window(owner, partition, cuda::Quiescent(calls, [this] { finish_kernels(); }), kDoorPatienceNs))
+      return false;
   }
   // The first word of mine there: by it the owner knows that it is this memory that I have mapped, and not what it put
   // aside for me before.
@@ -162,7 +164,7 @@ bool Endpoint::prepare_for(const Newcomer& newcomer, const cuda::Quiescent& quie
   const u64 mine = newcomer.members.partitions[config_.rank];
   if (!fabric_->open_outbound(newcomer.rank, newcomer.pid, newcomer.window_fd, mine * context_.at.num_bytes))
     return false;
-  if (windows_ && !take_window(newcomer.rank, static_cast<i32>(mine), quiescent)) return false;
+  if (windows_ && !take_window(newcomer.rank, static_cast<i32>(mine), quiescent, kDoorPatienceNs)) return false;
   if (windows_ && !renew_window(partition, quiescent)) return false;
   const i32 fd = fabric_->renew_inbound(partition);
   if (fd < 0) return false;
@@ -209,13 +211,20 @@ Status Endpoint::wait_out_hold() {
   return released_status(*state_);
 }
 
+// Of kernels that nobody waits for, and whoever asked for a counter meanwhile has taken over how far they were then: a
+// round that is done by now may still stand there as open. Who judged that would refuse the step start after a replay.
+bool Endpoint::may_be_open() const {
+  const auto is_open = [](const OpenRound& round) { return round.stage != Stage::closed; };
+  return cuda_ && std::any_of(std::begin(context_.rounds), std::end(context_.rounds), is_open);
+}
+
 Status Endpoint::begin_step(bool& left_out) {
   std::lock_guard<std::mutex> calls(calls_);
   Status status = closed_ ? Status::closed : released_status(*state_);
   // Asked once: what comes up after the wait for the device has its turn at the next step start.
   const bool changes = pulse_->change_waits();
   std::optional<cuda::Quiescent> quiescent;
-  if (!closed_ && (changes || !gone_peers().empty())) {
+  if (!closed_ && (changes || !gone_peers().empty() || may_be_open())) {
     quiescent.emplace(calls, [this] { finish_kernels(); });
     if (cuda_) cuda_->refresh();
   }

@@ -278,6 +278,17 @@ std::vector<std::array<u64, 6>> source_stats(Endpoint& endpoint) {
   return out;
 }
 
+// The end of a rank waits for its device, where rounds of other ranks may run whose threads want the GIL to go on: who
+// waited with it would stop every rank of the process.
+void end_unlocked(Endpoint* endpoint) {
+  if (PyGILState_Check() == 0) {
+    delete endpoint;
+    return;
+  }
+  py::gil_scoped_release release;
+  delete endpoint;
+}
+
 void bind_endpoint(py::module_& m) {
   py::class_<LocalGroup, std::shared_ptr<LocalGroup>>(m, "LocalGroup").def(py::init([](const py::dict& shape) {
     return std::make_shared<LocalGroup>(shape_of(shape));
@@ -285,11 +296,12 @@ void bind_endpoint(py::module_& m) {
   py::class_<Endpoint, std::shared_ptr<Endpoint>> endpoint(m, "Endpoint");
   endpoint
       .def(py::init([](const py::dict& config, std::shared_ptr<LocalGroup> group, const std::string& token) {
-             return std::make_shared<Endpoint>(config_of(config), std::move(group), token);
+             return std::shared_ptr<Endpoint>(new Endpoint(config_of(config), std::move(group), token), end_unlocked);
            }),
            py::arg("config"), py::arg("group") = nullptr, py::arg("token") = "")
       .def("create", &Endpoint::create, py::call_guard<py::gil_scoped_release>())
-      .def("open_peers", &Endpoint::open_peers, py::call_guard<py::gil_scoped_release>())
+      .def("open_peers", &Endpoint::open_peers, py::arg("timeout_ms") = kConstructMs,
+           py::call_guard<py::gil_scoped_release>())
       .def("serve", &Endpoint::serve)
       .def("dispatch_send", &call_dispatch_send)
       .def("dispatch_receive", &call_dispatch_receive)

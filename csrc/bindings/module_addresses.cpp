@@ -43,9 +43,9 @@ py::dict offsets_of_words() {
   out["release"] = offsetof(RankState, release);
   out["newest"] = offsetof(RankState, ring) + offsetof(ViewRing, newest);
   out["views"] = offsetof(RankState, ring) + offsetof(ViewRing, views);
-  out["waiting_since_ns"] = offsetof(RankState, waiting_since_ns);
-  out["waiting_peer"] = offsetof(RankState, waiting_peer);
-  out["waiting_word"] = offsetof(RankState, waiting_word);
+  out["waiting_since_ns"] = offsetof(RankState, waiting_in_round) + offsetof(Waiting, since_ns);
+  out["waiting_peer"] = offsetof(RankState, waiting_in_round) + offsetof(Waiting, peer);
+  out["waiting_word"] = offsetof(RankState, waiting_in_round) + offsetof(Waiting, word);
   out["stall_ns"] = offsetof(RankState, stall_ns);
   out["view_stride"] = sizeof(View);
   out["view_epoch"] = offsetof(View, epoch);

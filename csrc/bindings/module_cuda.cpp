@@ -1,12 +1,14 @@
 // What Python asks of a rank on a GPU beyond the verbs: streams, and launches that nobody waits for.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <unistd.h>
 
 #include <string>
 #include <vector>
 
 #include "bindings/address.hpp"
 #include "bindings/endpoint.hpp"
+#include "host/clock.hpp"
 #include "kernels/cuda/host/driver_gpu.hpp"
 #if defined(FA2A_TEST_HOOKS) && FA2A_TEST_HOOKS
 #include "kernels/cuda/twin/driver.hpp"
@@ -68,6 +70,13 @@ py::tuple window_addresses(Endpoint& e) {
   for (i32 owner = 0; owner < e.config().shape.num_ranks; ++owner) outbound.push_back(e.windows()->outbound(owner));
   return py::make_tuple(inbound, outbound);
 }
+
+// Does the door of `owner` hand over that partition of its window in time?
+bool ask_door(Endpoint& e, i32 owner, i32 partition, i64 timeout_ms) {
+  const i32 file = Door::ask(e.fabric().page(owner).incarnation, partition, timeout_ms * kNsPerMs);
+  if (file >= 0) ::close(file);
+  return file >= 0;
+}
 #endif
 
 }  // namespace
@@ -88,7 +97,10 @@ void bind_cuda(py::module_& m, py::class_<Endpoint, std::shared_ptr<Endpoint>>& 
   m.def("end_twin_capture", &twin::end_capture);
   m.def("replay_twin", &twin::replay, Unlocked());
   m.def("hold_twin_launches", &twin::hold_launches);
-  endpoint.def("window_addresses", &window_addresses);
+  m.def("slow_twin_driver", &twin::slow_down, py::arg("access_ms") = 0, py::arg("export_ms") = 0,
+        py::arg("finish_ms") = 0);
+  endpoint.def("window_addresses", &window_addresses)
+      .def("ask_door", &ask_door, py::arg("owner"), py::arg("partition"), py::arg("timeout_ms"), Unlocked());
 #endif
 }
 

@@ -108,14 +108,15 @@ bool Pulse::has_left_as_decided(i32 rank) {
   return view.epoch > newest_view(state_.ring).epoch && !view.active.has(rank);
 }
 
-// By this host's clock, since when a kernel waits for this peer; 0: none does. A wait is one value, so a new one is a
-// new wait.
+// By this host's clock, since when a kernel, or the host in a collective, waits for this peer; 0: nobody does. A wait
+// is one value, so a new one is a new wait.
 i64 Pulse::waiting_since(i32 rank) {
-  const u64 said = load_relaxed(&state_.waiting_since_ns[rank]);
-  if (!options_.kernels_have_own_clock) return static_cast<i64>(said);
+  const u64 said = load_relaxed(&state_.waiting_in_round.since_ns[rank]);
+  const auto in_collective = static_cast<i64>(load_relaxed(&state_.waiting_in_collective.since_ns[rank]));
   SeenWait& seen = seen_waits_[static_cast<size_t>(rank)];
   if (seen.said != said) seen = {said, said == 0 ? 0 : now_ns()};
-  return seen.at_ns;
+  const i64 in_round = options_.kernels_have_own_clock ? seen.at_ns : static_cast<i64>(said);
+  return in_round == 0 || (in_collective != 0 && in_collective < in_round) ? in_collective : in_round;
 }
 
 // What a kernel on a CPU does itself: it suspects whom it finds stalled, and that ends its wait whatever is made of it
@@ -174,8 +175,11 @@ Evidence Pulse::look_at(i32 rank) {
   OwnWait wait;
   wait.since_ns = waiting_since(rank);
   if (wait.since_ns == 0 && awaited_promises_.has(rank)) wait.since_ns = awaited_since_ns_[static_cast<size_t>(rank)];
-  wait.absent = load_relaxed(&state_.waiting_peer) == static_cast<u64>(rank) + 1;
-  wait.word = load_relaxed(&state_.waiting_word);
+  const u64 named = static_cast<u64>(rank) + 1;
+  const bool in_round = load_relaxed(&state_.waiting_in_round.peer) == named;
+  const Waiting& waiting = in_round ? state_.waiting_in_round : state_.waiting_in_collective;
+  wait.absent = load_relaxed(&waiting.peer) == named;
+  wait.word = load_relaxed(&waiting.word);
   wait.progress = load_relaxed(&own().progress);
   const u64 kind = signal_field::Attempt::unpack(wait.word) % kNumWordKinds;
   const u64 parity = signal_field::Round::unpack(wait.word) % kNumParities;

@@ -30,16 +30,23 @@ FA2A_HD constexpr bool was_sent(u64 sent, u64 waiting) {
          (ahead == 0 && chunks_ahead(sent, signal_field::Chunk::unpack(waiting)) >= 0);
 }
 
+// Whom a rank waits for now, since when and at which word it looks: the detector counts time only then.
+struct Waiting {
+  alignas(kLine) u64 since_ns[kMaxRanks] = {};
+  alignas(kLine) u64 peer = 0;  // rank + 1 of the one whose word is being looked at now; 0: nobody's
+  u64 word = 0;                 // which word that is; see pack_waiting
+};
+
 struct RankState {
   alignas(kPage) u64 started = 0;  // rounds begun so far; round r is number r + 1. Whole pages: see Gpu::share
   alignas(kLine) u64 round_limit = kNoLimit;  // rounds from here on wait for a view
   alignas(kLine) RankSet suspects;            // kernels and host OR bits in; only an installed view takes them out
   alignas(kLine) u64 release = 0;
   alignas(kLine) ViewRing ring;
-  // Whom this rank waits for now, since when and in which (round, phase): the detector counts time only then.
-  alignas(kLine) u64 waiting_since_ns[kMaxRanks] = {};
-  alignas(kLine) u64 waiting_peer = 0;  // rank + 1 of the one whose word is being looked at now; 0: nobody's
-  u64 waiting_word = 0;                 // which word that is; see pack_waiting
+  // Two sets, because a graph's rounds run on while the host is in a collective: in one that both used, whoever ended
+  // its wait for a peer first would stop the clock for the other, which then waited for a silent peer without end.
+  Waiting waiting_in_round;
+  Waiting waiting_in_collective;
   // epoch + 1 of the view in which a kernel on a GPU found this peer stalled: plain stores, because a chip's atomics
   // and the host's do not see each other over every bus, and one of two bits in a word of `suspects` would be lost.
   alignas(kLine) u64 stalled_in[kMaxRanks] = {};

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from fault_a2a.buffer import Buffer
 from fault_a2a.config import DEFAULT_CHUNK_TOKENS, Config
 from fault_a2a.errors import JoinError
+from fault_a2a.gpu import is_capturing
 from fault_a2a.group import Group, as_group
 from fault_a2a.integrations import notices
 from fault_a2a.rounds import Handle, Outcome, Received, RecvHook
@@ -192,7 +193,7 @@ class RankBuffers:
         """Sends the rows of a layer; the hook receives. Blocks and raises as ``Buffer.dispatch`` with a hook does."""
         order = None
         if self.alone:
-            if x.is_cuda and torch.cuda.is_current_stream_capturing():
+            if is_capturing(x.device):
                 # Its replays would go on running alone, and nothing would tell.
                 raise NotImplementedError(
                     "a graph that is captured while this rank runs alone would never reach the others; start a rank "

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import os
 import threading
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,12 +17,17 @@ import torch
 import torch.distributed as dist
 
 from fault_a2a._core import core
+from fault_a2a.backends import resolved
 from fault_a2a.buffer import Buffer
 from fault_a2a.config import Config
-from fault_a2a.gpu import device_of
+from fault_a2a.gpu import device_of, has_twin
 from fault_a2a.group import Group
 
 T = TypeVar("T")
+
+# Without these a rank's launch may wait for the kernel of another rank, which waits for that launch: streams share the
+# GPU's queues, eight unless more are asked for, and code that is loaded at its first launch waits for the whole device.
+CUDA_SETTINGS = {"CUDA_DEVICE_MAX_CONNECTIONS": "32", "CUDA_MODULE_LOADING": "EAGER"}
 
 
 @dataclass
@@ -49,14 +56,24 @@ class VirtualRanks:
         extra: fields for the native core that no Config has, such as ``first_round``, ``first_epoch``, ``poison``.
 
     ``run(work)`` calls ``work(buffer)`` on every rank's thread and returns what each returned or raised.
+
+    On a GPU, which the ranks then share, ``CUDA_DEVICE_MAX_CONNECTIONS=32`` and ``CUDA_MODULE_LOADING=EAGER`` keep one
+    rank's launches from waiting behind another's kernels. CUDA reads them once, when it starts: this sets them where
+    they are missing, in time if nothing has asked CUDA before; better, set them before the process starts.
     """
 
     def __init__(self, num_ranks: int, config: Config, *, backends: Sequence[str] | None = None, **extra: Any) -> None:
+        named = set(backends or [config.backend])
+        if named & {"cuda", "auto"} and not has_twin():
+            set_up_cuda()
         store, fabric = dist.HashStore(), LocalFabric(extra)
         groups = [Group(store, rank, num_ranks, fabric=fabric) for rank in range(num_ranks)]
         self.config = config
         turns = itertools.cycle(backends or [config.backend])
-        configs = [dataclasses.replace(config, backend=backend) for backend, _ in zip(turns, groups, strict=False)]
+        # "auto" is settled here already: whether a rank needs a stream depends on it.
+        configs = [
+            resolved(dataclasses.replace(config, backend=backend)) for backend, _ in zip(turns, groups, strict=False)
+        ]
         self._streams = [_stream_for(config.backend) for config in configs]
         makers = map(partial, itertools.repeat(Buffer), groups, configs)
         self.buffers: list[Buffer] = run_threads(list(map(self._on_stream, range(num_ranks), makers)))
@@ -83,6 +100,23 @@ class VirtualRanks:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def set_up_cuda() -> None:
+    """Sets what is missing of ``CUDA_SETTINGS``; warns where CUDA runs without it already."""
+    if not torch.cuda.is_initialized():
+        for name, value in CUDA_SETTINGS.items():
+            os.environ.setdefault(name, value)
+        return
+    # torch sets the second to LAZY when it starts CUDA.
+    missing = [name for name in CUDA_SETTINGS if os.environ.get(name, "LAZY") == "LAZY"]
+    if missing:
+        settings = " ".join(f"{name}={CUDA_SETTINGS[name]}" for name in missing)
+        warnings.warn(
+            f"CUDA has started without {settings}: virtual ranks on one GPU may wait for each other until a timeout. "
+            "Set it before the process starts",
+            stacklevel=3,
+        )
 
 
 def _stream_for(backend: str) -> torch.cuda.Stream | None:

@@ -28,7 +28,10 @@ Members members_now(const Context& c) {
 class Gathering {
  public:
   Gathering(Context& c, Collective& mine, const Members& members)
-      : c_(c), mine_(mine), members_(members), machine_(c, mine.number, members.partitions) {}
+      : c_(c),
+        mine_(mine),
+        members_(members),
+        machine_(c, mine.number, members.partitions, c.state->waiting_in_collective) {}
 
   Turn run() {
     machine_.enter(Phase::collective);
@@ -197,10 +200,15 @@ bool same_bytes(const Collective& mine, const CollectiveArgs& args) {
   return mine.bytes.size() == args.num_bytes && memcmp(mine.bytes.data(), args.mine, args.num_bytes) == 0;
 }
 
-// Where this rank stands in its rounds: what peers judge it by, once it is out of the collective.
+// Where this rank stands in its rounds: what peers judge it by, once it is out of the collective. A kernel of a GPU
+// stores there too, and may have begun another round between the load and the store: what it said must not go back.
 void show_rounds_again(Context& c) {
-  const u64 round = c.next_round == 0 ? 0 : c.next_round - 1;
-  CpuMachine(c, round).enter(c.next_round == 0 ? Phase::idle : Phase::caller);
+  u64 begun = 0;
+  do {
+    begun = c.rounds_begun();
+    CpuMachine(c, begun == 0 ? 0 : begun - 1).enter(begun == 0 ? Phase::idle : Phase::caller);
+    full_fence();
+  } while (c.rounds_begun() != begun);
 }
 
 }  // namespace

@@ -106,7 +106,12 @@ struct Context {
   std::vector<SourceStats> sources;  // per rank
   u64 progress_tick = 0;
   u64 next_round = 0;  // only a round that opened moves it on: rounds are caught up, never jumped
+  // Kernels of a GPU run them, which graphs launch and nobody waits for: `rounds` and `next_round` are as of the last
+  // time that the host asked.
+  bool rounds_on_gpu = false;
 
+  // `started` lies where a kernel stores it and this host loads it at any time; to ask the device is to wait for it.
+  u64 rounds_begun() const { return rounds_on_gpu ? load_acquire(&state->started) : next_round; }
   u8* inbound(const OpenRound& round, i32 src) const {
     return fabric->inbound(round.partitions[static_cast<size_t>(src)]);
   }

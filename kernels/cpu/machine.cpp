@@ -28,15 +28,15 @@ void CpuMachine::advance() {
 void CpuMachine::expect(i32 peer) {
   if (!kWatched) return;
   const i64 now = now_ns();
-  store_relaxed(&c_.state->waiting_since_ns[peer], static_cast<u64>(now));
+  store_relaxed(&waiting_.since_ns[peer], static_cast<u64>(now));
   StallWatch& watch = c_.stalls[static_cast<size_t>(peer)];
   count_anew(watch, watch.progress, now);
 }
 
 void CpuMachine::expect_no_more(i32 peer) {
-  const u64 since = load_relaxed(&c_.state->waiting_since_ns[peer]);
+  const u64 since = load_relaxed(&waiting_.since_ns[peer]);
   if (since == 0) return;
-  store_relaxed(&c_.state->waiting_since_ns[peer], 0);
+  store_relaxed(&waiting_.since_ns[peer], 0);
   SourceStats& stats = c_.sources[static_cast<size_t>(peer)];
   const u64 late_ns = static_cast<u64>(now_ns()) - since;
   add_to(stats.late_ns, late_ns);
@@ -59,15 +59,15 @@ void CpuMachine::show() {
 void CpuMachine::begin(i32 peer) {
   num_spins_ = 0;
   if (peer == kNobody || !kWatched) return;
-  if (load_relaxed(&c_.state->waiting_since_ns[peer]) == 0) expect(peer);
+  if (load_relaxed(&waiting_.since_ns[peer]) == 0) expect(peer);
   begun_ns_ = now_ns();
-  store_relaxed(&c_.state->waiting_peer, static_cast<u64>(peer) + 1);
+  store_relaxed(&waiting_.peer, static_cast<u64>(peer) + 1);
 }
 
 void CpuMachine::end(i32 peer) {
   waiter_.reset();
   if (peer == kNobody || !kWatched) return;
-  store_relaxed(&c_.state->waiting_peer, 0);
+  store_relaxed(&waiting_.peer, 0);
   expect_no_more(peer);
   add_to(c_.sources[static_cast<size_t>(peer)].wait_ns, static_cast<u64>(now_ns() - begun_ns_));
 }
@@ -107,23 +107,32 @@ u64 CpuMachine::excusable(u64 progress) const {
   const auto phase = static_cast<Phase>(progress_field::Phase::unpack(progress));
   const u64 round = progress_field::Round::unpack(progress);
   const auto is_round = [&](u64 mine) { return (mine & progress_field::Round::max) == round; };
-  bool owed = phase == Phase::dispatch_wait && is_round(c_.next_round);
+  bool owed = phase == Phase::dispatch_wait && is_round(c_.rounds_begun());
   owed |= phase == Phase::collective && is_round(c_.next_collective) && phase_ != Phase::collective;
   for (const OpenRound& open : c_.rounds) {
-    const bool unanswered = open.stage == Stage::sent || open.stage == Stage::received;
+    // What is known here of a GPU's rounds is old. The kernel of the one that waits for me judges my GPU, which owes
+    // it.
+    const bool unanswered = !c_.rounds_on_gpu && (open.stage == Stage::sent || open.stage == Stage::received);
     owed |= phase == Phase::combine_wait && unanswered && is_round(open.round);
   }
   return owed && guarded(guard_mutual_wait) ? progress & ~progress_field::Tick::pack(~0ull) : progress;
 }
 
-// Peers push their progress into my window, so this reads local memory only, as a GPU kernel would. Of all who are
-// waited for, not only of the one whose word is looked at: several hung peers are then found together.
+// Peers push their progress into my window, so this reads local memory only, as a GPU kernel would. The kernels of a
+// GPU push it into windows there; where this host looks, only the peer's own page moves while one of its rounds is
+// open.
+u64 CpuMachine::progress_of(i32 peer) const {
+  if (c_.rounds_on_gpu) return load_acquire(&c_.fabric->page(peer).progress);
+  u8* inbound = c_.fabric->inbound(partitions_[static_cast<size_t>(peer)]);
+  return load_acquire(Context::word(inbound, c_.at.progress));
+}
+
+// Of all who are waited for, not only of the one whose word is looked at: several hung peers are then found together.
 void CpuMachine::judge_stalls(i64 now) {
   for (i32 peer = 0; peer < c_.shape.num_ranks; ++peer) {
-    if (load_relaxed(&c_.state->waiting_since_ns[peer]) == 0) continue;
+    if (load_relaxed(&waiting_.since_ns[peer]) == 0) continue;
     StallWatch& watch = c_.stalls[static_cast<size_t>(peer)];
-    u8* inbound = c_.fabric->inbound(partitions_[static_cast<size_t>(peer)]);
-    const u64 progress = excusable(load_acquire(Context::word(inbound, c_.at.progress)));
+    const u64 progress = excusable(progress_of(peer));
     const i64 timeout_ns = static_cast<i64>(load_relaxed(&c_.state->stall_ns[peer]));
     if (has_stalled(watch, progress, now, last_rest_ns_, timeout_ns, c_.state->ring)) suspect(*c_.state, peer);
   }

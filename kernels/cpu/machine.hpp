@@ -14,10 +14,10 @@ namespace fa2a {
 class CpuMachine {
  public:
   CpuMachine(Context& context, u64 round)
-      : CpuMachine(context, round, context.rounds[round % kNumParities].partitions) {}
+      : CpuMachine(context, round, context.rounds[round % kNumParities].partitions, context.state->waiting_in_round) {}
   // `partitions`: whose partition is whose, in the view that this rank waits in; outlives the machine.
-  CpuMachine(Context& context, u64 round, const std::vector<u16>& partitions)
-      : c_(context), round_(round), partitions_(partitions) {}
+  CpuMachine(Context& context, u64 round, const std::vector<u16>& partitions, Waiting& waiting)
+      : c_(context), round_(round), partitions_(partitions), waiting_(waiting) {}
 
   // Shows peers where this rank is. Stored at phase changes and, as the tick, while it waits.
   void enter(Phase phase);
@@ -26,7 +26,7 @@ class CpuMachine {
   // Time counts against a peer from here on, until its word is there.
   void expect(i32 peer);
   void expect_if(bool awaited, i32 peer) {
-    if (awaited == (load_relaxed(&c_.state->waiting_since_ns[peer]) != 0)) return;
+    if (awaited == (load_relaxed(&waiting_.since_ns[peer]) != 0)) return;
     if (awaited)
       expect(peer);
     else
@@ -36,7 +36,7 @@ class CpuMachine {
   void expect_nobody();
   // Which word of the peer that is waited for is looked at; for the watcher of lost links.
   void look_for(WordKind kind, i32 chunk) {
-    store_relaxed(&c_.state->waiting_word, pack_waiting(kind, round_, static_cast<u64>(chunk)));
+    store_relaxed(&waiting_.word, pack_waiting(kind, round_, static_cast<u64>(chunk)));
   }
 
   // What wait_for asks of a machine.
@@ -55,11 +55,13 @@ class CpuMachine {
   void show();
   void watch(i32 peer);
   void judge_stalls(i64 now);
+  u64 progress_of(i32 peer) const;
   u64 excusable(u64 progress) const;
 
   Context& c_;
   u64 round_;  // or the number of a collective
   const std::vector<u16>& partitions_;
+  Waiting& waiting_;  // a collective's is not that of rounds, which may run on a GPU meanwhile
   Phase phase_ = Phase::idle;
   i32 num_spins_ = 0;
   std::optional<DoorbellWaiter> waiter_;

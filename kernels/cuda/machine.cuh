@@ -53,20 +53,20 @@ class DeviceMachine {
   FA2A_DEVICE void begin(i32 peer) {
     began_ns_ = last_rest_ns_ = clock_ns();
     if (peer == kNobody) return;
-    store_relaxed(&r_.state->waiting_since_ns[peer], static_cast<u64>(began_ns_));
+    store_relaxed(&r_.state->waiting_in_round.since_ns[peer], static_cast<u64>(began_ns_));
     count_anew(watch_, progress_of(peer), began_ns_);
   }
 
   FA2A_DEVICE void end(i32 peer) {
     if (peer == kNobody) return;
-    store_relaxed(&r_.state->waiting_since_ns[peer], 0);
+    store_relaxed(&r_.state->waiting_in_round.since_ns[peer], 0);
     SourceStats& stats = r_.sources[peer];
     const u64 late_ns = static_cast<u64>(clock_ns() - began_ns_);
     add_to(stats.late_ns, late_ns);
     if (late_ns > load_relaxed(&stats.max_late_ns)) store_relaxed(&stats.max_late_ns, late_ns);
     if (looked_from_ns_ == 0) return;
     add_to(stats.wait_ns, static_cast<u64>(clock_ns() - looked_from_ns_));
-    store_relaxed(&r_.state->waiting_peer, 0);
+    store_relaxed(&r_.state->waiting_in_round.peer, 0);
     store_release(&r_.looking, 0);
   }
 
@@ -88,11 +88,11 @@ class DeviceMachine {
     constexpr i64 kSettledNs = 1000000;  // by now every thread has begun its wait, or needs none
     if (looked_from_ns_ != 0 || now - began_ns_ < kSettledNs || load_relaxed(&r_.looking) != 0) return;
     for (i32 lower = 0; lower < peer; ++lower)
-      if (load_relaxed(&r_.state->waiting_since_ns[lower]) != 0) return;
+      if (load_relaxed(&r_.state->waiting_in_round.since_ns[lower]) != 0) return;
     if (compare_and_swap(&r_.looking, 0, static_cast<u64>(peer) + 1) != 0) return;
     looked_from_ns_ = now;
-    store_relaxed(&r_.state->waiting_word, pack_waiting(kind_, round_, static_cast<u64>(chunk_)));
-    store_release(&r_.state->waiting_peer, static_cast<u64>(peer) + 1);
+    store_relaxed(&r_.state->waiting_in_round.word, pack_waiting(kind_, round_, static_cast<u64>(chunk_)));
+    store_release(&r_.state->waiting_in_round.peer, static_cast<u64>(peer) + 1);
   }
 
   // A tick is no excuse before the one that is waited for: see mutual_wait in docs/protocol.md.

@@ -232,7 +232,7 @@ class StreamMachine : public DeviceMachine {
   FA2A_DEVICE void end(i32 peer) {
     if (looked_from_ns_ == 0) return;
     add_to(r_.sources[peer].wait_ns, static_cast<u64>(clock_ns() - looked_from_ns_));
-    store_relaxed(&r_.state->waiting_peer, 0);
+    store_relaxed(&r_.state->waiting_in_round.peer, 0);
     store_release(&r_.looking, 0);
   }
 
@@ -247,7 +247,7 @@ class StreamMachine : public DeviceMachine {
 
   FA2A_DEVICE void expect(i32 peer) {
     const i64 now = clock_ns();
-    store_relaxed(&r_.state->waiting_since_ns[peer], static_cast<u64>(now));
+    store_relaxed(&r_.state->waiting_in_round.since_ns[peer], static_cast<u64>(now));
     words_.round.seen[peer] = {{progress_of(peer), now, 0}, now, now};
   }
 
@@ -262,7 +262,7 @@ class StreamMachine : public DeviceMachine {
 };
 
 FA2A_DEVICE void expect_no_more(DeviceRank& r, const DeviceRound& round, i32 peer) {
-  store_relaxed(&r.state->waiting_since_ns[peer], 0);
+  store_relaxed(&r.state->waiting_in_round.since_ns[peer], 0);
   SourceStats& stats = r.sources[peer];
   const u64 late_ns = static_cast<u64>(clock_ns() - round.seen[peer].began_ns);
   add_to(stats.late_ns, late_ns);
@@ -272,7 +272,7 @@ FA2A_DEVICE void expect_no_more(DeviceRank& r, const DeviceRound& round, i32 pee
 // Every stream of the half has ended. By the block.
 FA2A_DEVICE void expect_nobody(DeviceRank& r, const DeviceRound& round) {
   for (i32 peer = thread_idx(); peer < r.shape.num_ranks; peer += num_threads())
-    if (load_relaxed(&r.state->waiting_since_ns[peer]) != 0) expect_no_more(r, round, peer);
+    if (load_relaxed(&r.state->waiting_in_round.since_ns[peer]) != 0) expect_no_more(r, round, peer);
 }
 
 // Time counts against those who are awaited, and no longer against those who are not. By the block.
@@ -280,7 +280,7 @@ template <class Words>
 FA2A_DEVICE void note_awaited(const Words& words, Phase phase) {
   for (i32 peer = thread_idx(); peer < words.r.shape.num_ranks; peer += num_threads()) {
     const bool awaited = words.awaits(peer);
-    if (awaited == (load_relaxed(&words.r.state->waiting_since_ns[peer]) != 0)) continue;
+    if (awaited == (load_relaxed(&words.r.state->waiting_in_round.since_ns[peer]) != 0)) continue;
     if (awaited)
       StreamMachine<Words>(words, phase).expect(peer);
     else

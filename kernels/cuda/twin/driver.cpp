@@ -9,9 +9,12 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <memory>
 #include <string>
 #include <vector>
+
+#include "host/clock.hpp"
 
 namespace fa2a {
 namespace twin {
@@ -41,6 +44,15 @@ struct PerThread {
   std::vector<Kept> held;
   bool is_lost = false;  // its context
 };
+
+struct Slowness {
+  std::atomic<i64> access_ms{0}, export_ms{0}, finish_ms{0};
+};
+Slowness slowness;
+
+void take_time(const std::atomic<i64>& num_ms) {
+  if (const i64 ms = num_ms.load(); ms > 0) sleep_ns(ms * kNsPerMs);
+}
 
 // Whoever makes a stream has this one, for copies; launches go on torch's current one, which is none here.
 char own_stream;
@@ -83,7 +95,13 @@ Result create(Handle* handle, size_t num_bytes, const cuda::AllocationProperties
   return 0;
 }
 
+Result set_access(Address address, size_t num_bytes, const cuda::AccessDescription*, size_t) {
+  take_time(slowness.access_ms);
+  return mprotect(at(address), num_bytes, PROT_READ | PROT_WRITE);
+}
+
 Result export_file(void* to, Handle handle, int, u64) {
+  take_time(slowness.export_ms);
   const int copy = dup(file_of(handle));
   *static_cast<int*>(to) = copy;
   return copy < 0 ? kInvalidValue : 0;
@@ -160,6 +178,11 @@ Result finish() {
   return result;
 }
 
+Result finish_context() {
+  take_time(slowness.finish_ms);
+  return finish();
+}
+
 Result launch(cuda::Function function, unsigned grid_x, unsigned, unsigned, unsigned block_x, unsigned, unsigned,
               unsigned, cuda::Stream, void** arguments, void**) {
   Kept kept{};
@@ -210,15 +233,13 @@ cuda::Driver make_driver() {
   d.release = [](Handle handle) { return close(file_of(handle)); };
   d.map = map_file;
   d.unmap = unmap;
-  d.set_access = [](Address address, size_t num_bytes, const cuda::AccessDescription*, size_t) {
-    return mprotect(at(address), num_bytes, PROT_READ | PROT_WRITE);
-  };
+  d.set_access = set_access;
   d.export_handle = export_file;
   d.import_handle = import_file;
   d.name_error = [](Result, const char** name) { return *name = "an error of the twin's driver", 0; };
   d.retain_context = [](cuda::DeviceContext*, int) { return 0; };
   d.set_context = [](cuda::DeviceContext) { return 0; };
-  d.finish_context = finish;
+  d.finish_context = finish_context;
   d.load_module = [](cuda::Module*, const void*) { return 0; };
   d.get_function = get_function;
   d.launch = launch;
@@ -258,6 +279,12 @@ i32 end_capture() {
 
 void replay(i32 graph) {
   for (const Kept& kept : mine().graphs.at(static_cast<size_t>(graph))) run_or_hold(kept, kNumThreads);
+}
+
+void slow_down(i64 access_ms, i64 export_ms, i64 finish_ms) {
+  slowness.access_ms = access_ms;
+  slowness.export_ms = export_ms;
+  slowness.finish_ms = finish_ms;
 }
 
 void hold_launches(bool holds) { mine().holds_launches = holds; }

@@ -19,5 +19,9 @@ void replay(i32 graph);
 // unmap meanwhile is what it is on a chip: nothing that the thread asks afterwards is done, and all of it fails.
 void hold_launches(bool holds);
 
+// Of all threads from now on: how long the driver takes to give access to what was mapped, to export a file, and,
+// beyond what it waits for, to wait for a context.
+void slow_down(i64 access_ms, i64 export_ms, i64 finish_ms);
+
 }  // namespace twin
 }  // namespace fa2a
