@@ -257,8 +257,7 @@ def spread(rows: list[dict[str, Any]], key: str) -> str:
 
 def table(rows: list[dict[str, Any]]) -> str:
     lines = [
-        f"{platform.machine()}, {os.cpu_count()} cores, Linux {platform.release()}, "
-        f"Python {platform.python_version()}. "
+        f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}. "
         "Times in ms: median / p90 / worst.",
         "",
         "| claim | runs | held | detect | agree | first good step | load average | dates | commits |",
