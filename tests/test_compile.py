@@ -260,4 +260,4 @@ def test_without_triton_its_kernels_are_refused(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(triton_compiler, "find_spec", lambda name: None)
     assert main(["compile", "--kernels", "triton"]) == 1
     out, err = capsys.readouterr()
-    assert "install fault_a2a[triton]" in err and "triton." not in out
+    assert "pip install 'fault_a2a[triton]'" in err and "triton." not in out

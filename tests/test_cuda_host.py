@@ -258,7 +258,13 @@ def found_apart(guard: str, chunks: Callable[[], AbstractContextManager[None]], 
 
 @in_chunks_slow
 @pytest.mark.parametrize("backend", ["cpu", "cuda-host"])
-@pytest.mark.parametrize("scenario", [stall_scenarios.hung_in_an_older_view, stall_scenarios.stalled_without_a_quorum])
+@pytest.mark.parametrize(
+    "scenario",
+    [
+        stall_scenarios.hung_in_an_older_view,
+        pytest.param(stall_scenarios.stalled_without_a_quorum, marks=pytest.mark.slow),
+    ],
+)
 def test_a_stall_ends_the_wait(
     scenario: Callable[[], Wrong], backend: str, chunks: Callable[[], AbstractContextManager[None]]
 ) -> None:

@@ -29,6 +29,7 @@ def test_a_former_life_that_wakes_in_mid_row_hurts_nobody(num_spare_partitions: 
     assert scenarios.zombie(seed=1, num_spare_partitions=num_spare_partitions) == []
 
 
+@pytest.mark.slow  # waits for ten seconds
 def test_a_newcomer_that_falls_silent_or_dies_holds_up_nobody() -> None:
     assert scenarios.silent_newcomer() == []
 

@@ -48,7 +48,7 @@ PLANTED: dict[str, tuple[str, tuple[str, ...], int, str]] = {
     "beaten_since": ("silent_proposers", ("silent_go",), 1, "who is well, is out of epoch"),
     "silent_go": ("stopped_halves", (), 1, "stood still for long, and is in the last view"),
     "looked_again": ("stopped_halves", (), 1, "who is well, is out of epoch"),
-    "stall_awake": ("dozing_watchers", (), 1, "who is well, is out of epoch"),
+    "stall_awake": ("dozing_watchers", (), 3991, "who is well, is out of epoch"),
     "decided_leave": ("planned_leaves", (), 1, "has left as was decided"),
 }
 

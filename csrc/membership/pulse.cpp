@@ -141,9 +141,8 @@ bool Pulse::is_held_back(i32 rank, u64 progress) {
   if (promised_at_[at].epoch_plus_one != epoch_plus_one) promised_at_[at] = {epoch_plus_one, progress};
   if (load_acquire(&state_.started) <= copy.record.limit) return false;
   // Unless it was missed before it promised, and stands where it stood then.
-  const bool is_suspended = (load_acquire(&state_.release) & release_quorum_lost) != 0;
   const bool comes_on = has_come_on(progress, promised_at_[at].progress);
-  return is_suspended || comes_on || !is_missed_by_another(rank) || !guarded(guard_late_promise);
+  return is_suspended(state_) || comes_on || !is_missed_by_another(rank) || !guarded(guard_late_promise);
 }
 
 // Whoever reads a promise accuses nobody, so a stall that somebody accuses this rank of is older than its promise.
@@ -263,11 +262,11 @@ void Pulse::apply(AgreementStep& step, i64 now) {
     ring_doorbell(own());
     changed_.notify_all();
   }
-  const bool was_lost = (load_acquire(&state_.release) & release_quorum_lost) != 0;
-  if (step.quorum_lost && !was_lost) {
+  const bool was_suspended = is_suspended(state_);
+  if (step.quorum_lost && !was_suspended) {
     fetch_or(&state_.release, release_quorum_lost);
     ring_doorbell(own());
-  } else if (!step.quorum_lost && was_lost) {
+  } else if (!step.quorum_lost && was_suspended) {
     fetch_and(&state_.release, ~static_cast<u64>(release_quorum_lost));
   }
   changing_.store(agreement_.changing());

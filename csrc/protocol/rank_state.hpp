@@ -60,6 +60,9 @@ FA2A_HD bool is_suspect(const RankState& state, i32 rank) {
   return (load_acquire(&state.suspects.words[rank / 64]) >> (rank % 64) & 1ull) != 0;
 }
 
+// Without a quorum: no view comes, and its rounds wait at the gate.
+FA2A_HD bool is_suspended(const RankState& state) { return (load_acquire(&state.release) & release_quorum_lost) != 0; }
+
 FA2A_HD void suspect(RankState& state, i32 rank) { fetch_or(&state.suspects.words[rank / 64], 1ull << (rank % 64)); }
 
 FA2A_HD RankSet suspects_of(const RankState& state) {

@@ -178,10 +178,7 @@ class Gathering {
   // back with its caller. It would be found stalled there, and be voted out once a quorum is back.
   template <class Done>
   Turn wait_until(i32 src, Done is_done) {
-    const auto is_over = [&] {
-      const bool is_suspended = (load_acquire(&c_.state->release) & release_quorum_lost) != 0;
-      return view_changed() || (is_suspended && guarded(guard_quorum_ends));
-    };
+    const auto is_over = [&] { return view_changed() || (is_suspended(*c_.state) && guarded(guard_quorum_ends)); };
     const Waited waited = wait_for(machine_, *c_.state, src, [&] {
       return is_done() ? Reading::present : is_over() ? Reading::declined : Reading::absent;
     });

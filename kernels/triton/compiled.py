@@ -50,7 +50,7 @@ def kernel_rows(archs: Sequence[str] = ARCHS, variants: Sequence[str] = VARIANTS
         if unknown:
             raise ValueError(f"{name}: {unknown[0]!r} is not known; pass some of {', '.join(known)}.")
     if find_spec("triton") is None:
-        raise RuntimeError("no Triton: install fault_a2a[triton] to compile its kernels.")
+        raise RuntimeError("no Triton to compile its kernels; run `pip install 'fault_a2a[triton]'`.")
     rows: list[Row] = []
     for arch in archs:
         rows += _compiled("rows", arch, *variants)
