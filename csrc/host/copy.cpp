@@ -4,6 +4,7 @@
 #include <string.h>
 
 #include "protocol/guards.hpp"
+#include "protocol/layout.hpp"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -17,12 +18,11 @@ void copy_row(u8* to, const u8* from, u64 num_bytes) { memcpy(to, from, num_byte
 
 namespace {
 
-constexpr u64 kLine = 64;
-
 // `to` stands on a line; whole lines only. A line is stored at one go: half a line in the write-combining buffer,
 // pushed out by another one, costs a transfer of its own.
 void stream_lines_sse2(u8* to, const u8* from, u64 num_lines) {
   for (; num_lines > 0; --num_lines, to += kLine, from += kLine) {
+    read_ahead(from);
     const __m128i a = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
     const __m128i b = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + 16));
     const __m128i c = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + 32));
@@ -36,6 +36,7 @@ void stream_lines_sse2(u8* to, const u8* from, u64 num_lines) {
 
 __attribute__((target("avx"))) void stream_lines_avx(u8* to, const u8* from, u64 num_lines) {
   for (; num_lines > 0; --num_lines, to += kLine, from += kLine) {
+    read_ahead(from);
     const __m256i a = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
     const __m256i b = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + 32));
     _mm256_stream_si256(reinterpret_cast<__m256i*>(to), a);
@@ -44,8 +45,10 @@ __attribute__((target("avx"))) void stream_lines_avx(u8* to, const u8* from, u64
 }
 
 __attribute__((target("avx512f"))) void stream_lines_avx512(u8* to, const u8* from, u64 num_lines) {
-  for (; num_lines > 0; --num_lines, to += kLine, from += kLine)
+  for (; num_lines > 0; --num_lines, to += kLine, from += kLine) {
+    read_ahead(from);
     _mm512_stream_si512(reinterpret_cast<__m512i*>(to), _mm512_loadu_si512(from));
+  }
 }
 
 using StreamLines = void (*)(u8*, const u8*, u64);

@@ -13,6 +13,15 @@ namespace fa2a {
 // ranks that share the cache, streaming its rows is faster. Measured; the size of one row does not matter.
 constexpr u64 kStreamedBytes = 8ull << 20;
 
+// How far ahead of what is read now the next lines are asked for: a machine stops fetching ahead by itself where a page
+// ends, and begins anew with each row. Measured; a half and twice as much are little worse.
+constexpr u64 kReadAheadBytes = 1024;
+
+// For rows that are read once, one after another. Behind the last row it asks for what nobody reads; it never faults.
+__attribute__((always_inline)) inline void read_ahead(const void* at) {
+  __builtin_prefetch(static_cast<const u8*>(at) + kReadAheadBytes, /*rw=*/0, /*locality=*/0);
+}
+
 void copy_row(u8* to, const u8* from, u64 num_bytes);
 
 // Past the cache. These stores are ordered with nothing, not even with a release that follows: WHOEVER calls this calls

@@ -3,7 +3,9 @@
 
 #include <string.h>
 
+#include "host/copy.hpp"
 #include "kernels/cpu/numbers.hpp"
+#include "protocol/layout.hpp"
 
 namespace fa2a {
 
@@ -20,11 +22,13 @@ constexpr i32 kNumChunks = FA2A_CHUNKS;
 template <class Element, i32 num_chunks>
 FA2A_PART_OF_LOOP void sum_chunks(typename Element::Bits* out, const u8* const* rows, const float* weights,
                                   i32 num_rows, i32 first, float factor) {
+  constexpr i32 kItemsOfLine = kLine / sizeof(typename Element::Bits);
   Floats low[num_chunks], high[num_chunks];
   for (i32 c = 0; c < num_chunks; ++c) low[c] = high[c] = Floats{};
   for (i32 row = 0; row < num_rows; ++row) {
     const auto* at = reinterpret_cast<const typename Element::Bits*>(rows[row]) + first;
     const float weight = weights[row];
+    for (i32 line = 0; line < num_chunks * kChunk; line += kItemsOfLine) read_ahead(at + line);
     for (i32 c = 0; c < num_chunks; ++c) {
       Floats a, b;
       Row<Element>::load(at + c * kChunk, a, b);
