@@ -31,7 +31,7 @@ class Mpi(Permuted):
         if importlib.util.find_spec("mpi4py") is None:
             return "mpi4py is not installed: run `python -m pip install mpi4py`"
         if shutil.which("mpirun") is None:
-            return "there is no mpirun: install OpenMPI (Debian: apt-get install openmpi-bin libopenmpi-dev)"
+            return "there is no mpirun: install OpenMPI (Debian: apt-get install openmpi-bin)"
         said = subprocess.run(["mpirun", "--version"], capture_output=True, text=True, check=False).stdout
         return (
             "" if "Open MPI" in said else "mpirun is not OpenMPI's, whose options this benchmark uses: install OpenMPI"

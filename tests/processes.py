@@ -123,7 +123,7 @@ class _Seat:
 
 def _live(seat: _Seat) -> None:
     """The life of a rank's process."""
-    _die_with_the_server()
+    die_with_my_parent()
     torch.set_num_threads(1)
     try:
         faulthandler.register(signal.SIGUSR1, file=seat.words.open("w"), all_threads=True)
@@ -138,15 +138,15 @@ def _live(seat: _Seat) -> None:
 
 def _host_store(pipe: Connection) -> None:
     """A process for the store alone, so that it can be killed alone."""
-    _die_with_the_server()
+    die_with_my_parent()
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     _send(pipe, store.port)
     while (key := pickle.loads(pipe.recv_bytes())) is not None:
         _send(pipe, bytes(store.get(key)).decode() if store.check([key]) else "")
 
 
-def _die_with_the_server() -> None:
-    """The server ends when the test process does, however that ends."""
+def die_with_my_parent() -> None:
+    """Whose end kills this process: the server ends when the test process does, however that ends."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 

@@ -15,6 +15,7 @@ from tests import (
     accuser_scenarios,
     collective_scenarios,
     join_scenarios,
+    namespace_scenarios,
     scenarios,
     stall_scenarios,
     stream_scenarios,
@@ -81,6 +82,7 @@ PROCESSES: dict[str, Callable[..., Wrong]] = {
     "step_start": join_scenarios.one_late_rank,
     "hold_bound": join_scenarios.one_rank_marks_few_steps,
     "late_waiters": accuser_scenarios.first_to_miss,
+    "same_namespace": namespace_scenarios.a_stranger_ends,
     "late_promise": partial(accuser_scenarios.first_to_miss, between_rounds=True),
 }
 # Its scenario is another's, with the lateness elsewhere.

@@ -3,6 +3,7 @@
 import pytest
 
 from tests import accuser_scenarios as accusers
+from tests import namespace_scenarios as namespaces
 from tests import process_scenarios as scenarios
 
 
@@ -110,6 +111,10 @@ def test_where_the_store_decides_its_loss_ends_in_quorum_lost_and_nothing_hangs(
 
 def test_a_leave_costs_no_finished_round() -> None:
     assert scenarios.one_leaves() == []
+
+
+def test_a_death_in_another_pid_namespace_is_found_at_once() -> None:
+    assert namespaces.the_rank_ends() == []
 
 
 @pytest.mark.parametrize("point", ["start", "created", "after created", "after opened"])

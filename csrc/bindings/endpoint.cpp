@@ -50,6 +50,7 @@ void Endpoint::fill_page(ControlPage& page, Life life) {
   page.incarnation = new_incarnation();
   page.rank = static_cast<u32>(config_.rank);
   page.pid = static_cast<u32>(process_id());
+  page.process_namespace = process_namespace();
   for (SentWords& sent : page.sent) forget_sent(sent, {config_.first_round, 0});
   __atomic_store_n(&page.life, static_cast<u32>(life), __ATOMIC_RELEASE);
   store_release(&page.magic, kControlMagic);

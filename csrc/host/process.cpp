@@ -5,6 +5,7 @@
 #include <pthread.h>
 #include <sched.h>
 #include <signal.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -32,6 +33,11 @@ bool ProcessWatch::has_exited() const noexcept {
 }
 
 i32 process_id() noexcept { return static_cast<i32>(getpid()); }
+
+u64 process_namespace() noexcept {
+  struct stat space;
+  return stat("/proc/self/ns/pid", &space) == 0 ? static_cast<u64>(space.st_ino) : 0;
+}
 
 void block_all_signals() noexcept {
   sigset_t all;

@@ -22,6 +22,9 @@ class ProcessWatch {
 };
 
 i32 process_id() noexcept;
+// The namespace that this process's number belongs to: in another one (another container) the same number is somebody
+// else's. 0: unknown, as where /proc is not mounted.
+u64 process_namespace() noexcept;
 void block_all_signals() noexcept;
 void name_thread(const char* name) noexcept;
 // Asks the scheduler for short slices, soon: the watcher runs rarely and briefly, and detection waits for it. Needs no

@@ -30,7 +30,15 @@ Pulse::Pulse(std::vector<ControlPage*> pages, RankState& state, const PulseOptio
   if (!options_.joining) publish(own().decision, first);
   for (const ControlPage* page : pages_) met_.push_back(page->incarnation);
   if (!options_.between_processes) return;
-  for (const ControlPage* page : pages_) watches_.emplace_back(static_cast<i32>(page->pid));
+  for (const ControlPage* page : pages_) watches_.push_back(watch_of(*page));
+}
+
+// The number of a process in another namespace is a stranger's here, or nobody's, and the stranger's end would be taken
+// for the rank's. Its death word tells of its own end wherever it runs.
+ProcessWatch Pulse::watch_of(const ControlPage& page) const {
+  const u64 here = own().process_namespace;
+  const bool is_named_here = here != 0 && page.process_namespace == here;
+  return is_named_here || !guarded(guard_same_namespace) ? ProcessWatch(static_cast<i32>(page.pid)) : ProcessWatch();
 }
 
 Pulse::~Pulse() { leave(); }

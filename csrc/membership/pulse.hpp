@@ -122,6 +122,7 @@ class Pulse {
   void publish_ballots(const AgreementStep& step);
   void rest(i64 now);
   void poke_peers();
+  ProcessWatch watch_of(const ControlPage& page) const;
   void answer_knocks(i64 now);
   void look_for_changes(i64 now);
   bool is_willing(i32 rank, i64 now);

@@ -35,7 +35,7 @@ void Pulse::answer_knocks(i64 now) {
     const auto at = static_cast<size_t>(rank);
     // Versions of the new page begin anew, and one that happens to be the old one's must not be taken for it.
     copies_[at] = PageCopies();
-    watches_[at] = ProcessWatch(pid);
+    watches_[at] = watch_of(*pages_[at]);
     visitors_[at] = {pid, true, 0, now};
     detector_.forget(rank);
     proven_dead_.remove(rank);
@@ -209,7 +209,7 @@ void Pulse::meet_members() {
     if (met_[at] == page.incarnation) continue;
     met_[at] = page.incarnation;
     copies_[at] = PageCopies();
-    if (options_.between_processes) watches_[at] = ProcessWatch(static_cast<i32>(page.pid));
+    if (options_.between_processes) watches_[at] = watch_of(page);
   }
 }
 

@@ -135,7 +135,8 @@ struct ControlPage {
   u64 incarnation = 0;
   u32 rank = 0;
   u32 pid = 0;
-  u32 window_fd = 0;  // of a rank that came later: its whole window is one open file
+  u32 window_fd = 0;          // of a rank that came later: its whole window is one open file
+  u64 process_namespace = 0;  // whose number `pid` is
 
   alignas(kLine) u32 death_word = 0;  // the kernel sets bit 30 when its holder thread is gone
   alignas(kLine) u64 process_beat = 0;

@@ -61,7 +61,8 @@ namespace fa2a {
   X(frozen_set)           /* what a rank has in a collective is not taken anew in a later view */ \
   X(say_epoch)            /* sets of two epochs are not counted together                       */ \
   X(all_say)              /* nobody returns before all members have said the same set          */ \
-  X(quorum_ends)          /* whoever has no quorum waits for nobody in a collective            */
+  X(quorum_ends)          /* whoever has no quorum waits for nobody in a collective            */ \
+  X(same_namespace)       /* no stranger is watched who has a rank's number in another namespace */
 
 enum Guard : u32 {
 #define FA2A_GUARD_NAME(name) guard_##name,

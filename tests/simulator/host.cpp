@@ -63,6 +63,7 @@ ProcessWatch& ProcessWatch::operator=(ProcessWatch&&) noexcept { return *this; }
 bool ProcessWatch::has_exited() const noexcept { return false; }
 
 i32 process_id() noexcept { return sim::process_of(scheduler->running_life()); }
+u64 process_namespace() noexcept { return 1; }
 void block_all_signals() noexcept {}
 void name_thread(const char*) noexcept {}
 void prefer_low_latency() noexcept {}
